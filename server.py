@@ -1,0 +1,294 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["tornado>=6.5"]
+# ///
+"""ScopyChat: the realtime chat of the post "Websockets & Python3" (2012), on today's Tornado.
+
+    python server.py        then open http://localhost:8888/ in two windows
+
+Read it beside the post: the same pieces, in the same order, under the same names.  A comment that
+starts with "Post:" says what the post had there and why it changed.  The rest is what a real
+network asks for.
+"""
+import argparse
+import asyncio
+import collections
+import json
+import os
+import random
+import secrets
+import signal
+import sys
+import time
+
+from tornado import httpserver, iostream, netutil, web, websocket
+
+# ---- Limits: one for whatever a stranger could make long, many or late -------------------------
+
+LENGTHS = {"nick": 30, "message": 1000, "id": 64}  # characters, from 1 to this many
+HISTORY = 100             # messages that a newcomer is shown
+MAX_FRAME = 8 * 1024      # bytes in one message from a client; Tornado would take 10 MiB
+MAX_FLUSH = 256 * 1024    # bytes in one frame to a client, or a line more
+MAX_UNREAD = 1024 * 1024  # bytes that wait for a client which does not read
+PATIENCE = 20             # seconds for a client to answer a ping or to finish its HTTP request
+GOODBYE = 2               # seconds for all clients to leave when the server stops
+# Each client is an open file, and the system grants a process so many (`ulimit -n`).  We keep some.
+MAX_FILES = os.sysconf("SC_OPEN_MAX") - 16 if hasattr(os, "sysconf") else sys.maxsize
+
+# ---- The room ----------------------------------------------------------------------------------
+
+connections = set()  # Post: a list; the longer it is, the longer it takes to find who has left.
+messages = collections.deque(maxlen=HISTORY)  # Post: a list, which grew until memory was full.
+
+
+class MainHandler(web.RequestHandler):
+    """Serves the page, over plain HTTP.  The page then opens the WebSocket."""
+
+    def get(self):
+        # The browser runs only jQuery and what carries this page's nonce, and connects only to us:
+        # should markup from a message ever get into the page, it stays dead.
+        nonce = secrets.token_urlsafe()
+        self.set_header(
+            "Content-Security-Policy",
+            f"default-src 'none'; style-src 'nonce-{nonce}'; script-src 'nonce-{nonce}' "
+            "https://code.jquery.com/jquery-4.0.0.min.js; connect-src 'self'; img-src data:; "
+            "base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
+        # A name for a guest, put into the page by the server: from the post's second half.
+        self.render("test.html", nonce=nonce, guest=f"User{random.randint(0, 100)}",
+                    lengths=LENGTHS, history=HISTORY)
+
+
+class WSHandler(websocket.WebSocketHandler):
+    """One client.  Tornado makes one for each handshake; it calls open, on_message and on_close."""
+
+    nick = None  # until the client joins
+
+    def write_json(self, **kwargs):
+        # Post: json.dumps(**kwargs), a TypeError that dropped every client at its first frame.
+        self.write_frame(frame(encode(kwargs)))
+
+    def write_frame(self, data):
+        # Post: write_message, which is Tornado's.  It makes a frame, and a task that waits until it
+        # is written, for each client anew.  A broadcast needs one frame, and nobody waits for it.
+        if self.ws_connection is None or self.ws_connection.is_closing():
+            return  # no frame may follow a close frame (RFC 6455, 5.5.1)
+        stream = self.ws_connection.stream
+        try:
+            if not stream.writing():  # nothing is queued before it
+                data = data[stream.socket.send(data):]
+        except OSError:
+            pass  # TCP takes nothing now, or the client has vanished: the stream finds out which
+        try:
+            if data:
+                stream.write(data)  # queues what TCP did not take ...
+        except iostream.StreamBufferFullError:
+            stream.close()  # ... but not without end.  The page comes back and gets the history.
+
+    def open(self):
+        self.set_nodelay(True)  # else a frame may wait for the last one's receipt (Nagle)
+        self.ws_connection.stream.max_write_buffer_size = MAX_UNREAD
+        connections.add(self)
+        # Post: type='message', so the page looked for one message, and printed "undefined".
+        self.write_json(type="list", data=list(messages), online=len(connections))
+
+    async def on_message(self, data):
+        # Post: relayed whatever came, and stored it in the loop, once for each client.
+        if self.ws_connection is None:
+            return  # we have said goodbye
+        if self.ws_connection._frame_mask is None:  # the mask of the last frame that had one
+            return self.close(1002, "a client must mask its frames")  # RFC 6455, 5.1
+        self.ws_connection._frame_mask = None
+        try:
+            data = parse(data)
+            match data.get("type"):
+                case "join":
+                    if self.nick:
+                        raise ValueError("You have joined already.")
+                    self.nick = text(data, "nick")
+                    said = line(f"{self.nick} joined", online=len(connections))
+                case "new_message":
+                    # Made anew of checked fields: nothing else in the frame gets to the others.
+                    id = text(data, "id") if "id" in data else secrets.token_urlsafe(9)
+                    said = line(text(data, "message"), id=id, nick=text(data, "nick"))
+                case _:
+                    raise ValueError('The "type" must be "join" or "new_message".')
+            # Tornado reads this client's next frame when we return, after the flush.  Until then
+            # it stays with TCP, which makes its sender wait: backpressure.  So whoever floods the
+            # room gets one line into each flush, like everybody.
+            await broadcast(said)
+        except ValueError as error:
+            self.write_json(type="error", message=str(error))
+
+    def on_close(self):
+        connections.discard(self)
+        if self.nick:
+            broadcast(line(f"{self.nick} left", online=len(connections)))
+
+
+# ---- What a client may say ---------------------------------------------------------------------
+
+
+def parse(data):
+    """Return the JSON object in a frame.  ValueError, in words for its sender, if there is none."""
+    try:
+        data = json.loads(data) if isinstance(data, str) else None  # bytes: a binary frame
+    except (ValueError, RecursionError):  # RecursionError: thousands of nested brackets
+        data = None
+    if not isinstance(data, dict):
+        raise ValueError("A frame must be text, and hold one JSON object.")
+    return data
+
+
+def text(data, field):
+    """Return a field of that object.  ValueError, in words for its sender, if it is no good."""
+    value = data.get(field)
+    if field == "nick" and isinstance(value, str):
+        value = value.strip()
+    if not isinstance(value, str) or not value.strip() or len(value) > LENGTHS[field]:
+        raise ValueError(f'The "{field}" must be text, 1 to {LENGTHS[field]:,} characters long '
+                         "and not all blanks.")
+    return value
+
+
+# ---- What the server says ----------------------------------------------------------------------
+
+
+def line(message, **more):
+    """Return a line of the chat: with a nick and an id somebody's message, without, a notice."""
+    return {"type": "message", "message": message, "time": round(time.time(), 2), **more}
+
+
+def encode(data):
+    """Return JSON in UTF-8, which is what a text frame holds."""
+    # JSON can hold half of a surrogate pair ("\ud800"); UTF-8 cannot, and gets a "?".
+    return json.dumps(data, ensure_ascii=False).encode(errors="replace")
+
+
+def frame(payload):
+    """Return the frame for a text in UTF-8 (RFC 6455, 5.2)."""
+    # 0x81: this is text, and the last frame of its message.  The length follows: in one byte if it
+    # is below 126, else in 2 or 8 bytes, announced by 126 or 127.  Only clients mask.
+    size = len(payload)
+    if size < 126:
+        length = bytes([size])
+    elif size < 65536:
+        length = bytes([126]) + size.to_bytes(2, "big")
+    else:
+        length = bytes([127]) + size.to_bytes(8, "big")
+    return b"\x81" + length + payload
+
+
+# ---- A broadcast is a flush --------------------------------------------------------------------
+#
+# Post: on_message wrote each message to each client.  When 1,000 people speak at once, that is a
+# million frames, each a call to the operating system.  Here a line goes to the outbox; a moment
+# later all that has gathered there leaves as one frame, the same for everybody.  That is a thousand
+# frames, with the same million lines in them.
+
+outbox = collections.deque()
+flushing = None  # the task that empties the outbox
+
+
+def broadcast(said):
+    """Put a line into the outbox.  Returns an awaitable: done when everybody was written to."""
+    global flushing
+    if not outbox:
+        flushing = asyncio.ensure_future(flush_soon())
+    outbox.append(said)
+    return flushing
+
+
+async def flush_soon():
+    while outbox:
+        # While the last flush was writing, lines arrived.  Each takes some three turns of the event
+        # loop to the outbox: its socket is readable, its frame is read, on_message runs.  Let them
+        # come, and they leave together; a lone line hardly notices.
+        for _ in range(3):
+            await asyncio.sleep(0)
+        flush()
+
+
+def flush():
+    """Write the outbox to every client in one frame, or as much of it as a frame may hold."""
+    lines, size = [], 0
+    while outbox and size < MAX_FLUSH:
+        said = outbox.popleft()
+        if "id" in said:
+            if any(said["id"] == known["id"] for known in messages):
+                continue  # a page says it again when its connection broke before it saw it here
+            messages.append(said)  # not before: who joins now gets it once, not twice
+        lines.append(encode(said))
+        size += len(lines[-1])
+    if lines:
+        several = b'{"type": "list", "data": [%b]}' % b", ".join(lines)
+        data = frame(several if len(lines) > 1 else lines[0])
+        for con in connections:
+            con.write_frame(data)
+
+
+application = web.Application(
+    [
+        (r"/", MainHandler),    # HTML chat homepage
+        (r"/chat", WSHandler),  # WebSocket server
+    ],
+    template_path=os.path.dirname(os.path.abspath(__file__)),
+    template_whitespace="all",  # the page's source is there to be read
+    websocket_max_message_size=MAX_FRAME,
+    websocket_ping_interval=PATIENCE,  # finds who vanished without a word
+    log_function=lambda handler: None,  # no line for each request: strangers would fill the disk
+)
+
+
+class LimitedHTTPServer(httpserver.HTTPServer):
+    """Refuses newcomers when files run short; else accepting would fail, again and again."""
+
+    def handle_stream(self, stream, address):
+        # The system numbers a new socket with the lowest free number: this high, few are left.
+        if stream.socket.fileno() < MAX_FILES:
+            return super().handle_stream(stream, address)
+        stream.write(b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: text/plain\r\n"
+                     b"Connection: close\r\n\r\nThe room is full. Please try again in a minute.\n")
+        stream.close()
+
+
+async def main():
+    """Run the chat, as the command line says, until SIGINT (Ctrl+C) or SIGTERM."""
+    parser = argparse.ArgumentParser(description="ScopyChat, a realtime chat on WebSockets.")
+    parser.add_argument("--port", type=int, default=8888, help="default: %(default)s")
+    parser.add_argument("--address", default="localhost", help="where to listen; "
+                        "default: %(default)s, for this machine only; 0.0.0.0 is for everybody")
+    options = parser.parse_args()
+    if not 0 <= options.port < 65536:
+        parser.error("argument --port: a TCP port is a number from 0 to 65535")
+    http_server = LimitedHTTPServer(application, idle_connection_timeout=PATIENCE,
+                                    body_timeout=PATIENCE, max_body_size=MAX_FRAME)
+    try:
+        sockets = netutil.bind_sockets(options.port, options.address)
+    except (OSError, UnicodeError) as error:
+        sys.exit(f"server.py: cannot listen on {options.address}, port {options.port}: {error}")
+    http_server.add_sockets(sockets)
+
+    loop, stop = asyncio.get_running_loop(), asyncio.Event()
+    for signum in signal.SIGINT, signal.SIGTERM:
+        signal.signal(signum, lambda *args: loop.call_soon_threadsafe(stop.set))
+    host = f"[{options.address}]" if ":" in options.address else options.address
+    print(f"ScopyChat is open at http://{host}:{sockets[0].getsockname()[1]}/ (Ctrl+C closes it)",
+          flush=True)
+    await stop.wait()
+
+    http_server.stop()
+    while outbox:
+        flush()
+    for con in connections:
+        try:
+            con.close(1001, "the server stops")  # a client answers with a close frame of its own
+        except iostream.StreamBufferFullError:
+            pass  # this one has stopped reading
+    deadline = loop.time() + GOODBYE
+    while connections and loop.time() < deadline:
+        await asyncio.sleep(0.05)
+
+
+if __name__ == "__main__":
+    # Post: IOLoop.instance().start().  Tornado runs on Python's own event loop now.
+    asyncio.run(main())
