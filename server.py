@@ -246,8 +246,8 @@ class LimitedHTTPServer(httpserver.HTTPServer):
         # The system numbers a new socket with the lowest free number: this high, few are left.
         if stream.socket.fileno() < MAX_FILES:
             return super().handle_stream(stream, address)
-        stream.write(b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: text/plain\r\n"
-                     b"Connection: close\r\n\r\nThe room is full. Please try again in a minute.\n")
+        stream.write(b"HTTP/1.1 503 Service Unavailable\r\nConnection: close\r\n"
+                     b"Content-Length: 33\r\n\r\nThe room is full. Try again soon.")
         stream.close()
 
 
