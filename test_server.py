@@ -738,5 +738,328 @@ class WhatWasAcceptedIsDelivered(RoomTest):
             signal.signal(signum, handler)
 
 
+class Proxy:
+    """A network that fails: a TCP proxy that can reset its connections, or swallow what they carry."""
+
+    def __init__(self, target):
+        self.target, self.pairs, self.swallowing = target, [], set()
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self.listener.getsockname()[1]
+        threading.Thread(target=self.accept, daemon=True).start()
+
+    def accept(self):
+        with contextlib.suppress(OSError):
+            while True:
+                near, _ = self.listener.accept()
+                try:
+                    far = socket.create_connection(("127.0.0.1", self.target))
+                except OSError:
+                    near.close()
+                    continue
+                self.pairs.append((near, far))
+                for pair in (near, far), (far, near):
+                    threading.Thread(target=self.pump, args=pair, daemon=True).start()
+
+    def pump(self, source, target):
+        with contextlib.suppress(OSError):
+            while data := source.recv(65536):
+                if source not in self.swallowing and target not in self.swallowing:
+                    target.sendall(data)
+        for end in source, target:
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+
+    def reset(self, pair):
+        for end in pair:
+            with contextlib.suppress(OSError):
+                end.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                end.shutdown(socket.SHUT_RD)
+                end.close()
+
+    def reset_one(self, chance):
+        if self.pairs:
+            self.reset(self.pairs.pop(chance.randrange(len(self.pairs))))
+
+    def swallow(self):
+        """From now on the connections that there are carry nothing, and do not end either."""
+        self.swallowing.update(end for pair in self.pairs for end in pair)
+
+    def close(self):
+        self.listener.close()
+        for pair in self.pairs:
+            self.reset(pair)
+
+
+class ThePage(unittest.TestCase):
+    """Real windows of a real browser, in which people join, talk, read, and lose their network."""
+
+    JQUERY = MODULES / "jquery/dist/jquery.min.js"
+    AXE = MODULES / "axe-core/axe.min.js"
+
+    @classmethod
+    def setUpClass(cls):
+        chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+        need(sync_playwright, "Playwright", "pip install playwright")
+        need(chromium, "Chromium", "install your system's package, on Debian `apt-get install chromium`")
+        need(cls.JQUERY.exists() and cls.AXE.exists(), "jQuery or axe-core", "npm install --prefix .ci jquery@4.0.0 axe-core@4")
+        playwright = sync_playwright().start()
+        cls.addClassCleanup(playwright.stop)
+        cls.browser = playwright.chromium.launch(
+            executable_path=chromium, args=["--no-sandbox", "--disable-features=LocalNetworkAccessChecks"])
+        cls.addClassCleanup(cls.browser.close)
+
+    def setUp(self):
+        self.start()
+        self.addCleanup(lambda: self.assertEqual(self.server.stop(), (0, "")))
+        self.proxy = Proxy(self.server.port)
+        self.addCleanup(self.proxy.close)
+        self.errors = []
+        self.addCleanup(lambda: self.assertEqual(self.errors, []))
+
+    def start(self, port=0):
+        self.server = ServerProcess(port=port)
+        self.assertTrue(self.server.port)
+
+    def window(self, nick=None, jquery=None, clock=False, **context):
+        context = self.browser.new_context(**context)
+        self.addCleanup(context.close)
+        jquery = self.JQUERY.read_bytes() if jquery is None else jquery
+        context.route("https://code.jquery.com/**", lambda route: route.fulfill(
+            body=jquery, content_type="text/javascript", headers={"Access-Control-Allow-Origin": "*"}))
+        if clock:
+            context.clock.install()
+        page = context.new_page()
+        page.set_default_timeout(WAIT * 1000)
+        page.on("pageerror", lambda error: self.errors.append(str(error)))
+        page.goto(f"http://localhost:{self.proxy.port}/")
+        if nick:
+            self.join(page, nick)
+        return page
+
+    def join(self, page, nick):
+        page.get_by_label("Nick").fill(nick)
+        page.get_by_role("button", name="Join").click()
+        expect(page.get_by_text("chat server connected").first).to_be_visible()
+
+    def post(self, page, *messages):
+        for message in messages:
+            page.get_by_label("Post as").fill(message)
+            page.get_by_label("Post as").press("Enter")
+
+    def said(self, page):
+        return [text.strip() for text in page.locator("#chat li:not(.pending):has(b) > bdi").all_text_contents()]
+
+    def wait(self, page, condition, argument=None):
+        page.wait_for_function(condition, arg=argument)
+
+    def bot(self, nick=None):
+        client = BareClient(self.server.port, nick)
+        client.socket.settimeout(WAIT)
+        self.addCleanup(client.vanish)
+        return client
+
+    def test_two_windows_talk(self):
+        ann = self.window()
+        self.assertRegex(ann.get_by_label("Nick").input_value(), r"^User\d+$")
+        self.assertTrue(ann.evaluate("jQuery.fn.jquery === '4.0.0'"))
+        self.join(ann, "  Ann ")
+        expect(ann.get_by_text("Post as Ann", exact=True)).to_be_visible()
+        expect(ann.locator("#login")).to_be_hidden()
+        expect(ann.get_by_label("Post as")).to_be_focused()
+        self.post(ann, "hello", "   ", "", "<img src=x onerror=alert(1)><b>bold</b>")
+        expect(ann.locator("#chat li.mine")).to_have_count(2)
+        bob = self.window("Bob")
+        expect(bob.locator("#chat li", has_text="Ann: hello")).to_be_visible()
+        expect(bob.locator("#chat li:not(.notice)")).to_have_count(2)
+        expect(bob.locator("#chat img, #chat bdi b")).to_have_count(0)
+        expect(bob.locator("#chat li.mine")).to_have_count(0)
+        self.post(bob, "hi Ann")
+        expect(ann.locator("#chat li", has_text="Bob: hi Ann")).to_be_visible()
+        expect(ann.locator("#chat li.pending")).to_have_count(0)
+        self.assertRegex(ann.locator("#chat li", has_text="hi Ann").locator("time").inner_text(), r"\d\d?:\d\d")
+        for page in ann, bob:
+            expect(page.get_by_role("status")).to_have_text("Connected, 2 online")
+            self.assertEqual(self.said(page), ["hello", "<img src=x onerror=alert(1)><b>bold</b>", "hi Ann"])
+        expect(ann.locator("#chat li", has_text="Bob joined")).to_be_visible()
+        bob.close()
+        expect(ann.locator("#chat li", has_text="Bob left")).to_be_visible()
+        expect(ann.get_by_role("status")).to_have_text("Connected, 1 online")
+
+    def test_everything_by_keyboard(self):
+        page = self.window()
+        for key in "Tab", "Control+a", "A", "n", "n", "Enter", "h", "i", "Enter":
+            page.keyboard.press(key)
+        expect(page.locator("#chat li", has_text="Ann: hi")).to_be_visible()
+        page.keyboard.press("Shift+Tab")
+        expect(page.get_by_role("log")).to_be_focused()  # where the arrow keys scroll
+
+    def test_markup_could_not_run_even_if_it_got_into_the_page(self):
+        page = self.window("Ann")
+        page.evaluate("""() => {
+            document.getElementById('chat').innerHTML = '<img src=x onerror="window.ran = 1">';
+            document.body.append(Object.assign(document.createElement('script'), {textContent: 'window.ran = 2'}));
+            document.body.append(Object.assign(document.createElement('script'), {src: '/evil.js'}));
+        }""")
+        page.wait_for_timeout(100)
+        self.assertIsNone(page.evaluate("window.ran ?? null"))
+
+    def test_the_readers_place_is_kept_and_the_page_stays_small(self):
+        ann, bot = self.window("Ann", viewport={"width": 800, "height": 500}), self.bot("Bot")
+        for i in range(60):
+            bot.say(say(f"line {i}", nick="Bot"))
+        expect(ann.locator("#chat li", has_text="line 59")).to_be_in_viewport()
+        ann.evaluate("jQuery('#log').scrollTop(0)")
+        expect(ann.locator("#chat li", has_text="Bot joined")).to_be_in_viewport()
+        for i in range(60, 80):
+            bot.say(say(f"line {i}", nick="Bot"))
+        expect(ann.locator("#chat li", has_text="line 79")).to_be_attached()
+        expect(ann.locator("#chat li", has_text="Bot joined")).to_be_in_viewport()
+        ann.get_by_role("button", name="New lines").click()
+        expect(ann.locator("#chat li", has_text="line 79")).to_be_in_viewport()
+        expect(ann.get_by_role("button", name="New lines")).to_be_hidden()
+        for i in range(80, 700):
+            bot.say(say(f"line {i}", nick="Bot"))
+        expect(ann.locator("#chat li", has_text="line 699")).to_be_in_viewport()
+        self.assertEqual(self.said(ann), [f"line {i}" for i in range(200, 700)])
+        self.assertEqual(ann.locator("#chat li").count(), 500)
+
+    def test_a_hidden_page_keeps_only_what_it_will_show(self):
+        ann, bot = self.window("Ann"), self.bot("Bot")
+        expect(ann.locator("#chat li", has_text="Bot joined")).to_be_visible()
+        ann.evaluate("""() => {  // as in a hidden tab: there are no animation frames
+            window.shown = window.requestAnimationFrame; window.frames_due = [];
+            window.requestAnimationFrame = draw => window.frames_due.push(draw);
+            window.kept = 0;
+            const push = Array.prototype.push;
+            Array.prototype.push = function(...items) {
+                const length = push.apply(this, items);
+                if (items[0] && items[0].nick === 'Bot') { window.kept = Math.max(window.kept, length); }
+                return length;
+            };
+        }""")
+        for i in range(1200):
+            bot.say(say(f"line {i}", nick="Bot"))
+        self.wait(ann, "() => jQuery('#status').text() && window.frames_due.length === 1")
+        bot.hear_until("line 1199")
+        ann.wait_for_timeout(200)
+        self.assertLessEqual(ann.evaluate("window.kept"), 501)
+        ann.evaluate("window.frames_due[0]()")
+        self.assertEqual(self.said(ann), [f"line {i}" for i in range(700, 1200)])
+
+    def test_it_fits_a_phone_and_axe_finds_nothing(self):
+        for scheme in "light", "dark":
+            page = self.window(viewport={"width": 320, "height": 568}, color_scheme=scheme, bypass_csp=True)
+            page.add_script_tag(path=self.AXE)
+            check = "async () => (await axe.run()).violations.map(v => v.id + ': ' + v.nodes.map(n => n.html).join())"
+            self.assertEqual(page.evaluate(check), [])
+            self.join(page, "W" * 30)
+            bot = self.bot(f"Bot {scheme}")
+            for i in range(24):
+                bot.say(say("W" * 99, nick=chr(ord("a") + i) * (1 + i % 3)))
+            bot.say(say("the last line", nick="Bot"))
+            expect(page.locator("#chat li", has_text="the last line").last).to_be_in_viewport()
+            page.evaluate("ws.send('bad')")
+            expect(page.locator("#chat li.error")).to_be_in_viewport()
+            self.proxy.swallow()
+            self.post(page, "on its way")
+            expect(page.locator("#chat li.pending")).to_be_in_viewport()
+            self.assertEqual(page.evaluate(check), [])
+            self.assertLessEqual(page.evaluate("document.documentElement.scrollWidth"), 320)
+            self.assertEqual(page.evaluate("document.documentElement.scrollHeight"), 568)
+            for label in page.get_by_label("Post as"), page.get_by_role("button", name="Post"):
+                expect(label).to_be_in_viewport(ratio=1)
+
+    def test_nick_colours_stay_readable(self):
+        for scheme in "light", "dark":
+            page = self.window("Ann", color_scheme=scheme, bypass_csp=True)
+            page.add_script_tag(path=self.AXE)
+            page.evaluate("""() => {
+                for (let hue = 0; hue < 360; hue += 5) {
+                    for (const style of ['', 'mine']) {
+                        const $line = jQuery('<li>').addClass(style).appendTo('#chat');
+                        jQuery('<b>').text('A nick: ').css('--hue', hue).appendTo($line);
+                    }
+                }
+            }""")
+            found = page.evaluate("async () => (await axe.run('#chat b', {runOnly: ['color-contrast']}))")
+            self.assertEqual([v["id"] for v in found["violations"]], [])
+            self.assertEqual(sum(len(v["nodes"]) for v in found["passes"]), 144)
+
+    def test_without_jquery_it_says_so(self):
+        for jquery in b"", self.JQUERY.read_bytes() + b" ":  # nothing came; not what we asked for, by its integrity
+            page = self.window(jquery=jquery)
+            expect(page.get_by_role("status")).to_contain_text("needs jQuery")
+            self.errors.clear()
+
+    def test_what_is_posted_while_the_server_is_away_is_said_when_it_is_back(self):
+        ann, bob = self.window("Ann"), self.window("Bob")
+        self.post(ann, "before")
+        expect(bob.locator("#chat li", has_text="before")).to_be_visible()
+        port = self.server.port
+        self.assertEqual(self.server.stop(), (0, ""))
+        expect(ann.get_by_text("chat server disconnected: the server stops (1001)")).to_be_visible()
+        expect(ann.get_by_role("status")).to_contain_text("Next attempt in")
+        self.post(ann, "meanwhile", "and this")
+        expect(ann.locator("#chat li.pending")).to_have_text(["Ann: meanwhilesending …", "Ann: and thissending …"])
+        self.start(port)
+        for page in ann, bob:
+            self.wait(page, "() => jQuery('#chat li:not(.pending):contains(and this)').length")
+            self.assertEqual(self.said(page), ["before", "meanwhile", "and this"])
+        cleo = self.window("Cleo")  # the new server was told again what had been said just before
+        self.wait(cleo, "() => jQuery('#chat li b').length === 3")
+        self.assertEqual(set(self.said(cleo)), {"before", "meanwhile", "and this"})
+
+    def test_what_a_dead_connection_swallowed_is_sent_again(self):
+        ann, bot = self.window("Ann", clock=True), self.bot("Bot")
+        self.proxy.swallow()
+        self.post(ann, "can you hear me?")
+        expect(ann.locator("#chat li.pending")).to_have_count(1)
+        for _ in range(20):
+            ann.clock.run_for(2000)
+            if not ann.locator("#chat li.pending").count():
+                break
+            ann.wait_for_timeout(200)
+        self.assertEqual(self.said(ann), ["can you hear me?"])
+        bot.hear_until("can you hear me?")
+
+    def test_missed_messages_are_filled_in_or_owned_up_to(self):
+        ann, bot = self.window("Ann"), self.bot("Bot")
+        self.post(ann, "here")
+        bot.hear_until("here")
+        for gap, first in (50, "here"), (150, None):
+            ann.context.set_offline(True)
+            self.proxy.reset_one(random.Random(0))
+            while self.proxy.pairs:
+                self.proxy.reset(self.proxy.pairs.pop())
+            expect(ann.get_by_role("status")).to_contain_text("Disconnected")
+            for i in range(gap):
+                bot.say(say(f"{gap}-{i}", nick="Bot"))
+            bot.hear_until(f"{gap}-{gap - 1}")
+            ann.context.set_offline(False)
+            self.wait(ann, "last => jQuery('#chat li:contains(' + last + ')').length", f"{gap}-{gap - 1}")
+            missing = ann.locator("#chat li", has_text="messages may be missing here")
+            expect(missing).to_have_count(0 if first else 1)
+        self.assertEqual(self.said(ann), ["here", *(f"50-{i}" for i in range(50)), *(f"150-{i}" for i in range(50, 150))])
+
+    def test_nothing_is_lost_on_a_network_that_fails_and_a_server_that_restarts(self):
+        chance = random.Random(20121203)
+        pages = [self.window(nick) for nick in ("Ann", "Bob", "Cleo")]
+        posted = []
+        for i in range(75):
+            posted.append(f"line {i}.")
+            self.post(chance.choice(pages), posted[-1])
+            if chance.random() < 0.3:
+                self.proxy.reset_one(chance)
+            if i == 30:
+                port = self.server.port
+                self.assertEqual(self.server.stop(), (0, ""))
+            if i == 40:
+                self.start(port)
+        for page in pages:
+            self.wait(page, "count => jQuery('#chat li:not(.pending) b').length >= count", len(posted))
+            self.wait(page, "() => jQuery('#chat li.pending').length === 0")
+            self.assertEqual(sorted(self.said(page)), sorted(posted))
+
+
 if __name__ == "__main__":
     unittest.main()
