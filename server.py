@@ -4,11 +4,12 @@
 # ///
 """ScopyChat: the realtime chat of the post "Websockets & Python3" (2012), on today's Tornado.
 
+    pip install tornado
     python server.py        then open http://localhost:8888/ in two windows
 
-Read it beside the post: the same pieces, in the same order, under the same names.  A comment that
-starts with "Post:" says what the post had there and why it changed.  The rest is what a real
-network asks for.
+Read it beside the post: the post's pieces stand here in its order, under its names.  A comment that
+starts with "Post:" says what the post had there and why it changed.  Between WSHandler and the
+application come three sections that it lacks; on_message leads there.
 """
 import argparse
 import asyncio
@@ -27,13 +28,14 @@ from tornado import httpserver, iostream, netutil, web, websocket
 
 LENGTHS = {"nick": 30, "message": 1000, "id": 64}  # characters, from 1 to this many
 HISTORY = 100             # messages that a newcomer is shown
-MAX_FRAME = 8 * 1024      # bytes in one message from a client; Tornado would take 10 MiB
-MAX_FLUSH = 256 * 1024    # bytes in one frame to a client, or a line more
+MAX_MESSAGE = 8 * 1024    # bytes from a client, in a WebSocket message or the body of a request
+MAX_FLUSH = 256 * 1024    # bytes to a client in one frame; the last line may go beyond
 MAX_UNREAD = 1024 * 1024  # bytes that wait for a client which does not read
-PATIENCE = 20             # seconds for a client to answer a ping or to finish its HTTP request
+PATIENCE = 20             # seconds from ping to ping, for the answer, and for an HTTP request
 GOODBYE = 2               # seconds for all clients to leave when the server stops
 # Each client is an open file, and the system grants a process so many (`ulimit -n`).  We keep some.
-MAX_FILES = os.sysconf("SC_OPEN_MAX") - 16 if hasattr(os, "sysconf") else sys.maxsize
+FILES = os.sysconf("SC_OPEN_MAX") if hasattr(os, "sysconf") else -1
+MAX_FILES = FILES - 16 if FILES > 0 else sys.maxsize
 
 # ---- The room ----------------------------------------------------------------------------------
 
@@ -59,44 +61,53 @@ class MainHandler(web.RequestHandler):
 
 
 class WSHandler(websocket.WebSocketHandler):
-    """One client.  Tornado makes one for each handshake; it calls open, on_message and on_close."""
+    """One client, from its handshake until one side closes the connection.
 
-    nick = None  # until the client joins
+    A WebSocket begins as a GET request with `Upgrade: websocket`.  Tornado answers it with status
+    101, and from then on both sides send frames over the same TCP connection, whenever they like.
+    A browser lets any site's page open one, but names that site as the `Origin`; if it is not our
+    own, Tornado answers 403 instead.  Tornado calls open, on_message and on_close.
+    """
+
+    nick = None  # of a client that has joined; the post's page never does
 
     def write_json(self, **kwargs):
-        # Post: json.dumps(**kwargs), a TypeError that dropped every client at its first frame.
+        # Post: json.dumps(**kwargs), which takes no such keywords: a TypeError at the first frame.
         self.write_frame(frame(encode(kwargs)))
 
     def write_frame(self, data):
-        # Post: write_message, which is Tornado's.  It makes a frame, and a task that waits until it
-        # is written, for each client anew.  A broadcast needs one frame, and nobody waits for it.
+        # Post: write_message, Tornado's own.  For each client it makes the frame anew, and a task
+        # that waits for it to be written.  A broadcast has one frame for all, and waits for nobody.
         if self.ws_connection is None or self.ws_connection.is_closing():
-            return  # no frame may follow a close frame (RFC 6455, 5.5.1)
+            return  # after its close frame a side may send no other (RFC 6455, 5.5.1)
         stream = self.ws_connection.stream
         try:
-            if not stream.writing():  # nothing is queued before it
+            if not stream.writing():  # nothing is queued: no need of the queue
                 data = data[stream.socket.send(data):]
         except OSError:
-            pass  # TCP takes nothing now, or the client has vanished: the stream finds out which
+            pass  # TCP's buffer is full, or the client is gone; for the stream to find out
         try:
             if data:
-                stream.write(data)  # queues what TCP did not take ...
+                stream.write(data)  # what is left is queued until TCP takes it ...
         except iostream.StreamBufferFullError:
             stream.close()  # ... but not without end.  The page comes back and gets the history.
 
     def open(self):
-        self.set_nodelay(True)  # else a frame may wait for the last one's receipt (Nagle)
+        self.set_nodelay(True)  # else TCP holds a small frame until the last one is acknowledged
         self.ws_connection.stream.max_write_buffer_size = MAX_UNREAD
         connections.add(self)
-        # Post: type='message', so the page looked for one message, and printed "undefined".
+        # Post: type='message'; its page took the list for one message, and showed "undefined".
         self.write_json(type="list", data=list(messages), online=len(connections))
 
     async def on_message(self, data):
         # Post: relayed whatever came, and stored it in the loop, once for each client.
         if self.ws_connection is None:
-            return  # we have said goodbye
-        if self.ws_connection._frame_mask is None:  # the mask of the last frame that had one
-            return self.close(1002, "a client must mask its frames")  # RFC 6455, 5.1
+            return  # this client was sent a close frame; what was on its way comes too late
+        # A client XORs each frame with four random bytes, the mask, so that a script cannot put
+        # chosen bytes on the wire (RFC 6455, 5.1 and 10.3).  Tornado keeps the last mask and does
+        # not insist on one; we do, and take it away each time.
+        if self.ws_connection._frame_mask is None:
+            return self.close(1002, "a client must mask its frames")
         self.ws_connection._frame_mask = None
         try:
             data = parse(data)
@@ -108,13 +119,14 @@ class WSHandler(websocket.WebSocketHandler):
                     said = line(f"{self.nick} joined", online=len(connections))
                 case "new_message":
                     # Made anew of checked fields: nothing else in the frame gets to the others.
+                    # The nick is as in the post what the client says it is: no proof of identity.
                     id = text(data, "id") if "id" in data else secrets.token_urlsafe(9)
                     said = line(text(data, "message"), id=id, nick=text(data, "nick"))
                 case _:
                     raise ValueError('The "type" must be "join" or "new_message".')
-            # Tornado reads this client's next frame when we return, after the flush.  Until then
-            # it stays with TCP, which makes its sender wait: backpressure.  So whoever floods the
-            # room gets one line into each flush, like everybody.
+            # Tornado reads this client's next frame when we return, and that is after the flush.
+            # What the client sends meanwhile fills TCP's buffers, and then it has to wait:
+            # backpressure.  So whoever floods the room gets one line into a flush, like everybody.
             await broadcast(said)
         except ValueError as error:
             self.write_json(type="error", message=str(error))
@@ -160,14 +172,14 @@ def line(message, **more):
 
 def encode(data):
     """Return JSON in UTF-8, which is what a text frame holds."""
-    # JSON can hold half of a surrogate pair ("\ud800"); UTF-8 cannot, and gets a "?".
+    # JSON can spell half of a character ("\ud800"), which UTF-8 cannot: it becomes a "?".
     return json.dumps(data, ensure_ascii=False).encode(errors="replace")
 
 
 def frame(payload):
     """Return the frame for a text in UTF-8 (RFC 6455, 5.2)."""
     # 0x81: this is text, and the last frame of its message.  The length follows: in one byte if it
-    # is below 126, else in 2 or 8 bytes, announced by 126 or 127.  Only clients mask.
+    # is below 126, else in 2 or 8 bytes, announced by 126 or 127.  A server does not mask.
     size = len(payload)
     if size < 126:
         length = bytes([size])
@@ -180,10 +192,10 @@ def frame(payload):
 
 # ---- A broadcast is a flush --------------------------------------------------------------------
 #
-# Post: on_message wrote each message to each client.  When 1,000 people speak at once, that is a
-# million frames, each a call to the operating system.  Here a line goes to the outbox; a moment
-# later all that has gathered there leaves as one frame, the same for everybody.  That is a thousand
-# frames, with the same million lines in them.
+# Post: on_message wrote each message to each client (with con.write_json(data): another TypeError).
+# When 1,000 people speak at once, that is a million frames, each a call to the operating system.
+# Here a line goes to the outbox; a moment later all that has gathered there leaves as one frame,
+# the same for everybody.  That is a thousand frames, with the same million lines in them.
 
 outbox = collections.deque()
 flushing = None  # the task that empties the outbox
@@ -192,7 +204,7 @@ flushing = None  # the task that empties the outbox
 def broadcast(said):
     """Put a line into the outbox.  Returns an awaitable: done when everybody was written to."""
     global flushing
-    if not outbox:
+    if flushing is None or flushing.done():
         flushing = asyncio.ensure_future(flush_soon())
     outbox.append(said)
     return flushing
@@ -200,9 +212,9 @@ def broadcast(said):
 
 async def flush_soon():
     while outbox:
-        # While the last flush was writing, lines arrived.  Each takes some three turns of the event
-        # loop to the outbox: its socket is readable, its frame is read, on_message runs.  Let them
-        # come, and they leave together; a lone line hardly notices.
+        # While the last flush was writing, lines arrived.  Each needs some three turns of the event
+        # loop to get here: its socket is found readable, its frame is read, on_message runs.  Wait
+        # for them, and they all leave together; a lone line hardly notices.
         for _ in range(3):
             await asyncio.sleep(0)
         flush()
@@ -233,17 +245,18 @@ application = web.Application(
     ],
     template_path=os.path.dirname(os.path.abspath(__file__)),
     template_whitespace="all",  # the page's source is there to be read
-    websocket_max_message_size=MAX_FRAME,
+    websocket_max_message_size=MAX_MESSAGE,
     websocket_ping_interval=PATIENCE,  # finds who vanished without a word
     log_function=lambda handler: None,  # no line for each request: strangers would fill the disk
 )
 
 
 class LimitedHTTPServer(httpserver.HTTPServer):
-    """Refuses newcomers when files run short; else accepting would fail, again and again."""
+    """Refuses newcomers when files run short.  Else accepting them would fail, without end."""
 
     def handle_stream(self, stream, address):
-        # The system numbers a new socket with the lowest free number: this high, few are left.
+        # The system gives each open file a number, the lowest that is free.  So a high one tells
+        # that nearly all are taken, by whatever.
         if stream.socket.fileno() < MAX_FILES:
             return super().handle_stream(stream, address)
         stream.write(b"HTTP/1.1 503 Service Unavailable\r\nConnection: close\r\n"
@@ -257,11 +270,11 @@ async def main():
     parser.add_argument("--port", type=int, default=8888, help="default: %(default)s")
     parser.add_argument("--address", default="localhost", help="where to listen; "
                         "default: %(default)s, for this machine only; 0.0.0.0 is for everybody")
-    options = parser.parse_args()
+    options = parser.parse_args()  # Post: listened on 8888, on every network of the machine
     if not 0 <= options.port < 65536:
         parser.error("argument --port: a TCP port is a number from 0 to 65535")
     http_server = LimitedHTTPServer(application, idle_connection_timeout=PATIENCE,
-                                    body_timeout=PATIENCE, max_body_size=MAX_FRAME)
+                                    body_timeout=PATIENCE, max_body_size=MAX_MESSAGE)
     try:
         sockets = netutil.bind_sockets(options.port, options.address)
     except (OSError, UnicodeError) as error:

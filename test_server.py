@@ -5,10 +5,9 @@ files from the npm registry; those of the README want Caddy and Redis.  What is 
 it; `.ci/run` gets everything, and with CI=true nothing is skipped.
 """
 import asyncio
-import base64
 import collections
 import contextlib
-import hashlib
+import importlib.util
 import json
 import os
 import pathlib
@@ -18,6 +17,7 @@ import resource
 import shutil
 import signal
 import socket
+import ssl
 import struct
 import subprocess
 import sys
@@ -108,6 +108,7 @@ class RoomTest(AsyncHTTPTestCase):
         self.clients = []
         for collection in server.connections, server.messages, server.outbox:
             collection.clear()
+        server.flushing = None
 
     def tearDown(self):
         for client in self.clients:
@@ -495,6 +496,7 @@ class HTTPGetsTheRightStatus(RoomTest):
             self.assertEqual(page.body.decode().count(f'nonce="{nonce}"'), 2)
             self.assertIn("default-src 'none'", policy)
             self.assertIn("connect-src 'self'", policy)
+            self.assertIn("frame-ancestors 'none'", policy)
             self.assertNotIn("unsafe", policy)
             self.assertIn(re.search(r'<script src="([^"]+)"', page.body.decode())[1], policy)
         self.assertNotEqual(*policies)
@@ -524,6 +526,9 @@ class OneCannotHurtTheOthers(ProcessTest):
             "a close frame of one byte": masked(b"\x03", opcode=8),
             "no WebSocket at all": b"\x16\x03\x01\x02\x00" * 50,
         }
+        for path in "nowhere", "chat":  # nor do requests that fail leave anything in the log
+            with self.assertRaises(urllib.error.HTTPError), urllib.request.urlopen(self.server.url + path):
+                pass
         for what, data in abuses.items():
             with self.subTest(what):
                 client = self.client()
@@ -557,17 +562,25 @@ class OneCannotHurtTheOthers(ProcessTest):
         sleepy.socket.close()
 
     def test_a_crowd_that_posts_the_longest_lines_at_once_cuts_nobody_off(self):
-        crowd = [self.client() for _ in range(250)]  # 1.5 MB in one breath: more than may wait for a client
-        for client in crowd:
-            client.frame()
+        crowd, reader = [self.client() for _ in range(250)], self.client("Reader", small_buffer=True)
+        reader.hear_until("Reader joined")
+        self.server.process.send_signal(signal.SIGSTOP)  # so that it finds all lines at once: 1.6 MB, more than may wait
         for i, client in enumerate(crowd):
             client.say({"type": "new_message", "id": str(i), **LONGEST})
-        for client in crowd:
-            self.assertEqual(sorted(int(client.hear()["id"]) for _ in crowd), list(range(250)))
-        newcomer = self.client()
-        self.assertEqual(sum(client.hear()["nick"] == LONGEST["nick"] for client in [newcomer] * 100), 100)
-        newcomer.say(say("in"))
-        self.assertEqual(newcomer.hear()["message"], "in")
+        self.server.process.send_signal(signal.SIGCONT)
+        self.assertEqual({reader.hear()["id"] for _ in crowd}, {str(i) for i in range(250)})
+
+    def test_a_history_of_the_longest_lines_lets_newcomers_in(self):
+        ann = self.client("Ann")
+        for i in range(100):
+            ann.say(say("😀" * 1000, nick="😀" * 30, id=str(i)))
+        ann.say(say("the end"))
+        ann.hear_until("the end")
+        newcomers = [self.client(small_buffer=True) for _ in range(3)]
+        ann.say(say("welcome"))
+        ann.hear_until("welcome")
+        for newcomer in newcomers:
+            self.assertEqual(len(newcomer.hear_until("welcome")), 101)
 
     def test_one_that_floods_gets_one_line_into_each_flush(self):
         flooder, ann = self.client("Flooder"), self.client("Ann")
@@ -604,6 +617,7 @@ class OneCannotHurtTheOthers(ProcessTest):
 
 class TheSilentAreNoticed(RoomTest):
     def get_app(self):
+        self.assertEqual(server.application.settings["websocket_ping_interval"], 20)
         server.application.settings["websocket_ping_interval"] = 0.2
         self.addCleanup(server.application.settings.update, websocket_ping_interval=server.PATIENCE)
         return server.application
@@ -1055,6 +1069,184 @@ class ThePage(unittest.TestCase):
             self.wait(page, "count => jQuery('#chat li:not(.pending) b').length >= count", len(posted))
             self.wait(page, "() => jQuery('#chat li.pending').length === 0")
             self.assertEqual(sorted(self.said(page)), sorted(posted))
+
+
+def free_port():
+    with socket.create_server(("127.0.0.1", 0)) as there:
+        return there.getsockname()[1]
+
+
+def wait_for_port(port):
+    for _ in range(WAIT * 20):
+        with contextlib.suppress(OSError):
+            return socket.create_connection(("127.0.0.1", port)).close()
+        time.sleep(0.05)
+    raise AssertionError(f"nothing listens on {port}")
+
+
+class TheReadme(unittest.TestCase):
+    """What the README says is so, and what it tells a reader to run, runs."""
+
+    TEXT = (HERE / "README.md").read_text() if (HERE / "README.md").exists() else ""
+
+    def block(self, language, containing):
+        """Return the one code block in this language that contains this."""
+        found = [block for block in re.findall(rf"(?ms)^```{language}\n(.*?)^```$", self.TEXT) if containing in block]
+        self.assertEqual(len(found), 1, f"{language} {containing}")
+        return found[0]
+
+    def setUp(self):
+        self.folder = pathlib.Path(tempfile.mkdtemp())
+        self.addCleanup(shutil.rmtree, self.folder)
+
+    def spawn(self, *command, **more):
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, **more)
+        self.addCleanup(process.wait, WAIT)
+        self.addCleanup(process.terminate)
+        return process
+
+    def test_its_two_commands_end_as_they_must(self):
+        """`.ci/run` runs both, on a fresh clone."""
+        self.assertTrue(self.block("sh", "&& python server.py").strip().endswith("&& python server.py"))
+        self.assertTrue(self.block("sh", "-m unittest").strip().endswith("&& python -m unittest"))
+
+    def test_what_it_points_to_exists(self):
+        for target in re.findall(r"(?:\]\(|src=\"|srcset=\")([^)#\"]+)", self.TEXT):
+            if "://" not in target:
+                self.assertTrue((HERE / target).exists(), target)
+
+    def test_what_it_quotes_from_the_script_is_there(self):
+        script, page = (HERE / "server.py").read_text(), (HERE / "test.html").read_text()
+        for name in re.findall(r"`([A-Z][A-Z_]+)`", self.TEXT):
+            self.assertRegex(script + page + self.TEXT, rf"(?m)^ *(var )?{name} = |environ.get..{name}")
+        for name in re.findall(r"`(\w+)\(\)`", self.TEXT):
+            self.assertRegex(script + page, rf"(def|function) {name}\(")
+
+    def test_the_chat_from_the_command_line(self):
+        need(importlib.util.find_spec("websockets"), "websockets", "pip install websockets")
+        command, *shown = self.block("console", "-m websockets").splitlines()
+        process = ServerProcess()
+        self.addCleanup(process.stop)
+        client = subprocess.Popen(
+            [sys.executable, *command.replace("8888", str(process.port)).split()[1:]], stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE, text=True)
+        printed = []
+
+        def heard():
+            printed.append(client.stdout.readline() or self.fail(printed))
+            printed[-1] = re.sub(r"\x1b[78]|\x1b\[\w|[\r\n>]", "", printed[-1]).strip()  # how it moves the cursor
+            return printed[-1]
+
+        def blurred(text):
+            return re.sub(r'"time": [\d.]+|"id": "[^"]+"|:\d+/chat', "", text)
+
+        for line in shown:
+            if line.startswith("> "):
+                client.stdin.write(line[2:] + "\n")
+                client.stdin.flush()
+            else:
+                while not heard():
+                    pass
+                self.assertEqual(blurred(printed[-1]), blurred(line))
+        client.communicate()
+
+    def test_behind_a_proxy_with_tls(self):
+        need(shutil.which("caddy"), "Caddy", "install your system's package, on Debian `apt-get install caddy`")
+        process, port = ServerProcess(), free_port()
+        self.addCleanup(process.stop)
+        config = self.block("caddyfile", "reverse_proxy").replace("chat.example.com", f"localhost:{port}")
+        config = config.replace("8888", str(process.port)).replace("{", "{\n\ttls internal", 1)
+        (self.folder / "Caddyfile").write_text(
+            "{\n\tadmin off\n\tskip_install_trust\n\tauto_https disable_redirects\n}\n" + config)
+        self.spawn("caddy", "run", "--config", self.folder / "Caddyfile",
+                   env={**os.environ, "XDG_DATA_HOME": str(self.folder), "XDG_CONFIG_HOME": str(self.folder)})
+        wait_for_port(port)
+        context = ssl.create_default_context()
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+        for _ in range(WAIT * 10):
+            with contextlib.suppress(OSError):
+                page = urllib.request.urlopen(f"https://localhost:{port}/", context=context).read().decode()
+                break
+            time.sleep(0.1)  # it is making its certificate
+        self.assertIn("Welcome to ScopyChat", page)
+
+        async def talk():
+            request = HTTPRequest(f"wss://localhost:{port}/chat", validate_cert=False,
+                                  headers={"Origin": f"https://localhost:{port}"})
+            client = Client(await websocket_connect(request))
+            await client.frame()
+            await client.say(say("through the proxy"))
+            heard = await client.hear()
+            client.connection.close()
+            return heard["message"]
+
+        self.assertEqual(asyncio.run(talk()), "through the proxy")
+
+    def test_one_room_in_two_processes(self):
+        need(shutil.which("redis-server"), "Redis", "install your system's package, on Debian `apt-get install redis-server`")
+        need(importlib.util.find_spec("redis"), "redis for Python", "pip install redis")
+        recipe = self.block("python", "import server")
+        self.assertLessEqual(len(recipe.splitlines()), 40)
+        (self.folder / "scale.py").write_text(recipe)
+        port = free_port()
+
+        def start_redis():
+            redis = self.spawn("redis-server", "--port", str(port), "--bind", "127.0.0.1", "--save", "",
+                               "--appendonly", "yes", "--appendfsync", "always", cwd=self.folder)
+            wait_for_port(port)
+            return redis
+
+        def start():
+            started = [ServerProcess(script=self.folder / "scale.py", env={
+                **os.environ, "REDIS_URL": f"redis://localhost:{port}", "PYTHONPATH": str(HERE)}) for _ in range(2)]
+            return started, [BareClient(process.port, nick) for process, nick in zip(started, "AB", strict=True)]
+
+        def stop(processes, clients):
+            for client in clients:
+                client.vanish()
+            for process in processes:
+                self.assertEqual(process.stop(), (0, ""))
+
+        def messages(client):
+            return [line["message"] for line in client.heard if "nick" in line]
+
+        redis, (processes, (ann, bob)) = start_redis(), start()
+        ann.hear_until("B joined")
+        for i in range(30):
+            ann.say(say(f"a{i}", id=f"a{i}"))
+            bob.say(say(f"b{i}", id=f"b{i}"))
+        ann.say(say("twice", id="twice"))
+        bob.say(say("twice", id="twice"))
+        for i in range(2):
+            (ann, bob)[i].say(say(f"end {i}"))
+        for client in ann, bob:
+            while not {"end 0", "end 1"} <= set(messages(client)):
+                client.hear()
+        said = messages(ann)
+        self.assertEqual(messages(bob), said)
+        self.assertEqual(sorted(said), sorted(
+            [f"{who}{i}" for who in "ab" for i in range(30)] + ["twice", "end 0", "end 1"]))
+
+        redis.terminate()
+        redis.wait()
+        ann.say(say("in vain", id="in vain"))
+        self.assertEqual(ann.hear()["type"], "error")
+        redis = start_redis()
+        answer = {"type": "error"}
+        while answer["type"] == "error":
+            ann.say(say("in vain", id="in vain"))
+            answer = ann.hear()
+        bob.hear_until("in vain")
+        stop(processes, [ann, bob])
+
+        processes, clients = start()
+        for process in processes:
+            history = []
+            while "in vain" not in history:  # it is reading it from the stream
+                clients.append(BareClient(process.port))
+                history = [line["message"] for line in json.loads(clients[-1].frame()[1])["data"]]
+            self.assertEqual(history, [*said, "in vain"])
+        stop(processes, clients)
 
 
 if __name__ == "__main__":
