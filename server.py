@@ -15,6 +15,7 @@ import argparse
 import asyncio
 import collections
 import json
+import logging
 import os
 import random
 import secrets
@@ -31,6 +32,7 @@ HISTORY = 100             # messages that a newcomer is shown
 MAX_MESSAGE = 8 * 1024    # bytes from a client, in a WebSocket message or the body of a request
 MAX_FLUSH = 256 * 1024    # bytes to a client in one frame; the last line may go beyond
 MAX_UNREAD = 1024 * 1024  # bytes that wait for a client which does not read
+PACE = 512 * 1024         # bytes a second to each client, while any of them falls behind
 PATIENCE = 20             # seconds from ping to ping, for the answer, and for an HTTP request
 GOODBYE = 2               # seconds for all clients to leave when the server stops
 # Each client is an open file, and the system grants a process so many (`ulimit -n`).  We keep some.
@@ -55,6 +57,7 @@ class MainHandler(web.RequestHandler):
             f"default-src 'none'; style-src 'nonce-{nonce}'; script-src 'nonce-{nonce}' "
             "https://code.jquery.com/jquery-4.0.0.min.js; connect-src 'self'; img-src data:; "
             "base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
+        self.set_header("Connection", "close")  # each connection is an open file: keep but one
         # A name for a guest, put into the page by the server: from the post's second half.
         self.render("test.html", nonce=nonce, guest=f"User{random.randint(0, 100)}",
                     lengths=LENGTHS, history=HISTORY)
@@ -76,25 +79,29 @@ class WSHandler(websocket.WebSocketHandler):
         self.write_frame(frame(encode(kwargs)))
 
     def write_frame(self, data):
+        """Send a frame.  Returns whether the client has fallen behind: TCP did not take all."""
         # Post: write_message, Tornado's own.  For each client it makes the frame anew, and a task
         # that waits for it to be written.  A broadcast has one frame for all, and waits for nobody.
         if self.ws_connection is None or self.ws_connection.is_closing():
-            return  # after its close frame a side may send no other (RFC 6455, 5.5.1)
+            return False  # after its close frame a side may send no other (RFC 6455, 5.5.1)
         stream = self.ws_connection.stream
         try:
             if not stream.writing():  # nothing is queued: no need of the queue
                 data = data[stream.socket.send(data):]
+                if not data:
+                    return False
         except OSError:
             pass  # TCP's buffer is full, or the client is gone; for the stream to find out
         try:
-            if data:
-                stream.write(data)  # what is left is queued until TCP takes it ...
+            stream.max_write_buffer_size = MAX_UNREAD
+            stream.write(data)  # what is left is queued until TCP takes it ...
+            stream.max_write_buffer_size += 1024  # room for Tornado's pings and close frames
         except iostream.StreamBufferFullError:
             stream.close()  # ... but not without end.  The page comes back and gets the history.
+        return True
 
     def open(self):
         self.set_nodelay(True)  # else TCP holds a small frame until the last one is acknowledged
-        self.ws_connection.stream.max_write_buffer_size = MAX_UNREAD
         connections.add(self)
         # Post: type='message'; its page took the list for one message, and showed "undefined".
         self.write_json(type="list", data=list(messages), online=len(connections))
@@ -212,17 +219,24 @@ def broadcast(said):
 
 async def flush_soon():
     while outbox:
-        # While the last flush was writing, lines arrived.  Each needs some three turns of the event
-        # loop to get here: its socket is found readable, its frame is read, on_message runs.  Wait
-        # for them, and they all leave together; a lone line hardly notices.
-        for _ in range(3):
+        # Lines that came while the last flush was writing are here together, and more may be on the
+        # way: from its socket to the outbox a line takes some three turns of the event loop (the
+        # socket is found readable, the frame is read, on_message runs).  Wait for them, and they
+        # all leave together.  A lone line leaves at once.
+        for _ in range(3 if len(outbox) > 1 else 0):
             await asyncio.sleep(0)
-        flush()
+        # Whoever falls behind on a slow network has a moment to catch up; those who flood the room
+        # wait for it as well, and nobody else can tell.
+        if behind := flush():
+            await asyncio.sleep(behind / PACE)
 
 
 def flush():
-    """Write the outbox to every client in one frame, or as much of it as a frame may hold."""
-    lines, size = [], 0
+    """Write the outbox to every client in one frame, or as much of it as a frame may hold.
+
+    Returns the size of the lines in bytes if some client has fallen behind, else 0.
+    """
+    lines, size, behind = [], 0, 0
     while outbox and size < MAX_FLUSH:
         said = outbox.popleft()
         if "id" in said:
@@ -235,7 +249,9 @@ def flush():
         several = b'{"type": "list", "data": [%b]}' % b", ".join(lines)
         data = frame(several if len(lines) > 1 else lines[0])
         for con in connections:
-            con.write_frame(data)
+            if con.write_frame(data):
+                behind = size
+    return behind
 
 
 application = web.Application(
@@ -247,7 +263,6 @@ application = web.Application(
     template_whitespace="all",  # the page's source is there to be read
     websocket_max_message_size=MAX_MESSAGE,
     websocket_ping_interval=PATIENCE,  # finds who vanished without a word
-    log_function=lambda handler: None,  # no line for each request: strangers would fill the disk
 )
 
 
@@ -262,6 +277,21 @@ class LimitedHTTPServer(httpserver.HTTPServer):
         stream.write(b"HTTP/1.1 503 Service Unavailable\r\nConnection: close\r\n"
                      b"Content-Length: 33\r\n\r\nThe room is full. Try again soon.")
         stream.close()
+
+
+def ours(record):
+    """Return whether a record in Tornado's log is about an error that came through this script.
+
+    The others are about requests, good and bad ones, with which strangers could fill the disk.
+    """
+    _, error, traceback = record.exc_info or (None, None, None)
+    while traceback and traceback.tb_frame.f_globals is not globals():
+        traceback = traceback.tb_next
+    return traceback is not None and not isinstance(error, asyncio.CancelledError)
+
+
+for name in "access", "application", "general":
+    logging.getLogger(f"tornado.{name}").addFilter(ours)
 
 
 async def main():
@@ -293,10 +323,7 @@ async def main():
     while outbox:
         flush()
     for con in connections:
-        try:
-            con.close(1001, "the server stops")  # a client answers with a close frame of its own
-        except iostream.StreamBufferFullError:
-            pass  # this one has stopped reading
+        con.close(1001, "the server stops")  # a client answers with a close frame of its own
     deadline = loop.time() + GOODBYE
     while connections and loop.time() < deadline:
         await asyncio.sleep(0.05)
