@@ -57,7 +57,7 @@ class MainHandler(web.RequestHandler):
             f"default-src 'none'; style-src 'nonce-{nonce}'; script-src 'nonce-{nonce}' "
             "https://code.jquery.com/jquery-4.0.0.min.js; connect-src 'self'; img-src data:; "
             "base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
-        self.set_header("Connection", "close")  # each connection is an open file: keep but one
+        self.set_header("Connection", "close")  # the one that the page needs is its WebSocket
         # A name for a guest, put into the page by the server: from the post's second half.
         self.render("test.html", nonce=nonce, guest=f"User{random.randint(0, 100)}",
                     lengths=LENGTHS, history=HISTORY)

@@ -172,6 +172,11 @@ class BareClient:
     def send(self, data):
         self.socket.sendall(data)
 
+    def flood(self, data):
+        """Send more than will be taken."""
+        with contextlib.suppress(OSError):
+            self.socket.sendall(data)
+
     def say(self, data):
         self.send(masked(json.dumps(data, ensure_ascii=False)))
 
@@ -573,7 +578,7 @@ class OneCannotHurtTheOthers(ProcessTest):
         flooder, ann = self.client("Flooder"), self.client("Ann")
         ann.hear_until("Ann joined")
         flood = b"".join(masked(json.dumps(say(str(i), nick="Flooder"))) for i in range(2000))
-        threading.Thread(target=flooder.send, args=[flood], daemon=True).start()
+        threading.Thread(target=flooder.flood, args=[flood], daemon=True).start()
         threading.Thread(target=lambda: [flooder.frame() for _ in range(1000)], daemon=True).start()
         heard = []
         while len(heard) < 2000:
@@ -742,10 +747,9 @@ class ItStartsAndStops(unittest.TestCase):
             for i in range(500):
                 clients[i % 20].say(say("x" * 900, id=str(i)))
             clients[0].hear()
-            for flooder in [BareClient(process.port) for _ in range(3)]:  # it stops in the middle of a flood
-                flood = masked(json.dumps(say("flood"))) * 20000
-                threading.Thread(target=lambda s=flooder.socket, f=flood: contextlib.suppress(OSError)
-                                 .__enter__() or s.sendall(f), daemon=True).start()
+            flooders = [BareClient(process.port) for _ in range(3)]
+            for flooder in flooders:  # it stops in the middle of a flood
+                threading.Thread(target=flooder.flood, args=[masked(json.dumps(say("flood"))) * 20000], daemon=True).start()
             process.process.send_signal(signum)
             for client in clients:
                 with self.assertRaisesRegex(AssertionError, r"opcode 8 b'\\x03\\xe9the server stops"):
@@ -756,7 +760,7 @@ class ItStartsAndStops(unittest.TestCase):
             said = [[line["id"] for line in client.heard if "id" in line] for client in clients]
             self.assertGreater(len(said[0]), 0)
             self.assertEqual(said, [said[0]] * 20)  # what one was sent, all were sent
-            for still_there in *clients, deaf:  # cleanups run from the last to the first
+            for still_there in *clients, *flooders, deaf:  # cleanups run from the last to the first
                 self.addCleanup(still_there.vanish)
             self.addCleanup(silent.close)
             self.addCleanup(lambda process=process: self.assertEqual(process.finish(), (0, "")))
