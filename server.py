@@ -82,10 +82,9 @@ class WSHandler(websocket.WebSocketHandler):
         """Send a frame.  Returns whether the client has fallen behind: TCP did not take all."""
         # Post: write_message, Tornado's own.  For each client it makes the frame anew, and a task
         # that waits for it to be written.  A broadcast has one frame for all, and waits for nobody.
-        ws = self.ws_connection
-        if ws is None or ws.server_terminated or ws.client_terminated or ws.stream.closed():
+        if self.ws_connection is None or self.ws_connection.is_closing():
             return False  # after its close frame a side may send no other (RFC 6455, 5.5.1)
-        stream = ws.stream
+        stream = self.ws_connection.stream
         try:
             if not stream.writing():  # nothing is queued: no need of the queue
                 data = data[stream.socket.send(data):]

@@ -262,7 +262,7 @@ class ServerProcess:
             self.log_file.close()
 
     def memory(self):
-        """Return the most memory that it has held so far, in MiB."""
+        """Return the most memory that it has held so far, in MiB (Linux)."""
         status = pathlib.Path(f"/proc/{self.process.pid}/status").read_text()
         return int(re.search(r"VmHWM:\s+(\d+)", status)[1]) // 1024
 
@@ -1096,6 +1096,7 @@ class ThePage(unittest.TestCase):
             if i == 40:
                 self.start(port)
         for page in pages:
+            page.evaluate("() => window.dispatchEvent(new Event('online'))")
             self.wait(page, "count => jQuery('#chat li:not(.pending) b').length >= count", len(posted))
             self.wait(page, "() => jQuery('#chat li.pending').length === 0")
             self.assertEqual(sorted(self.said(page)), sorted(posted))
