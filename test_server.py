@@ -972,6 +972,8 @@ class ThePage(unittest.TestCase):
         for i in range(80, 700):
             bot.say(say(f"line {i}", nick="Bot"))
         expect(ann.locator("#chat li", has_text="line 699")).to_be_in_viewport()
+        ann.set_viewport_size({"width": 800, "height": 250})  # as when a keyboard comes up
+        expect(ann.locator("#chat li", has_text="line 699")).to_be_in_viewport(ratio=1)
         self.assertEqual(self.said(ann), [f"line {i}" for i in range(200, 700)])
         self.assertEqual(ann.locator("#chat li").count(), 500)
 
