@@ -8,6 +8,7 @@ import asyncio
 import collections
 import contextlib
 import importlib.util
+import io
 import json
 import os
 import pathlib
@@ -630,6 +631,30 @@ class TheSlowAreWaitedFor(RoomTest):
             server.broadcast(server.line(id=str(i), **LONGEST))
         for client in clients:
             self.assertEqual([(await client.hear())["id"] for _ in range(250)], [str(i) for i in range(250)])
+
+    @gen_test(timeout=2 * WAIT)
+    async def test_what_waits_for_a_client_goes_before_what_comes_later(self):
+        run = asyncio.get_running_loop().run_in_executor
+        client = await run(None, lambda: BareClient(self.get_http_port(), small_buffer=True))
+        said, behind = 0, 0
+        while not behind:  # without a turn of the event loop: what TCP does not take stays in the queue
+            server.outbox.append(server.line("x" * 1000, id=str(said), nick="Ann"))
+            behind, said = server.flush(), said + 1
+        frames = bytearray()
+        client.socket.settimeout(0.1)
+        with contextlib.suppress(TimeoutError):  # now TCP has room again, and the queue has not moved
+            while True:
+                frames += client.socket.recv(65536)
+        server.outbox.append({"type": "message", "message": "the end"})
+        server.flush()
+        client.socket.settimeout(WAIT)
+        while not frames.endswith(b'"the end"}'):
+            frames += await run(None, client.socket.recv, 65536)
+        client.reader.close()
+        client.reader = io.BytesIO(frames)
+        heard = [line["id"] for line in client.hear_until("the end") if "id" in line]
+        self.assertEqual(heard, [str(i) for i in range(said)])
+        client.socket.close()
 
     @gen_test(timeout=WAIT)
     async def test_a_history_of_the_longest_lines_lets_newcomers_in(self):
