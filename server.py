@@ -7,18 +7,21 @@
     pip install tornado
     python server.py        then open http://localhost:8888/ in two windows
 
-The post's pieces stand here in the post's order, under the post's names.  A comment that starts with
-"Post:" says what the post had in that place, and why it changed.
+The post's pieces stand here in its order, under its names.  A comment that starts with "Post:" says
+what the post had in that place, and why it changed.
 
 The path of a message:  a browser -> on_message -> broadcast -> flush -> send -> every browser
 
-What the two sides send are JSON objects, each in one WebSocket frame:
+Both sides send text, and each text is a JSON object:
 
-    a client   {"type": "join", "nick": ...}              once, when it has connected
-    a client   {"type": "new_message", "message": ...}    with an "id", and a "nick" if it never joined
-    server     {"type": "list", "data": [...]}            the history, or several messages at once
-    server     {"type": "message", "message": ...}        with "nick" and "id"; without, it is a notice
-    server     {"type": "error", "message": ...}          to one client: why it was not heard
+    a client    {"type": "join", "nick": ...}            once, at the start; the post's page never does
+                {"type": "new_message", "nick": ..., "message": ..., "id": ...}
+    the server  {"type": "message", "id": ..., "nick": ..., "message": ..., "time": ...}
+                    somebody said this.  Without id and nick it is a notice, such as "Ann joined".
+                {"type": "list", "data": [...], "online": ...}
+                    at the start, the history, and how many are online; later, several messages at
+                    once; or, every 10 seconds, nothing: a sign of life
+                {"type": "error", "message": ...}        to one client: what was wrong with its text
 """
 import argparse
 import asyncio
@@ -33,55 +36,51 @@ import time
 
 from tornado import httpserver, ioloop, iostream, web, websocket
 
-LENGTHS = {"nick": 30, "message": 1000, "id": 64}  # the most characters of each
-HISTORY = 100            # messages that a newcomer is shown
-PAUSE = 0.02             # seconds between two frames that are read from one client
-HEARTBEAT = 10           # seconds between two signs of life to every page
-PING = 20                # seconds between two pings to every client, and for its answer
-MAX_MESSAGE = 16 * 1024  # bytes in a frame from a client; JSON may spell a character in 12
+LENGTHS = {"nick": 30, "message": 1000, "id": 64}  # each has at least 1 character, and at most so many
+HISTORY = 100  # the last messages, which a newcomer is shown
+PAUSE = 0.02   # seconds that a client must wait after each text before we read its next one
 
-connections = set()  # Post: a list.  In a long list, finding the client that left takes long.
-messages = {}        # Post: a list, which grew for ever.  Here: the history, each under its id.
-outbox = []          # what has been said and not yet been sent
+connections = set()  # Post: a list.  To find the client that left, Python had to search through it.
+messages = {}        # Post: a list, which grew for ever.  Now the last ones only, each under its id.
+outbox = []          # New: what has been said and is about to be sent.
 
 
 class MainHandler(web.RequestHandler):
     """Answers GET / with the page.  That is plain HTTP; the page then opens the WebSocket."""
 
     def get(self):
-        # The page is a template: Tornado puts these values in where it has {{ nonce }} and so on.
-        # From the post's second half: the server gives each guest a name.
+        # test.html is a template: Tornado fills in {{ nonce }} and the like.  A nick for a newcomer, made
+        # up by the server, is from the post's other version of the chat, the one on CherryPy.
         self.render("test.html", nonce=secrets.token_urlsafe(), guest=f"User{random.randint(0, 100)}",
                     lengths=LENGTHS, history=HISTORY)
 
 
 class WSHandler(websocket.WebSocketHandler):
-    """One client: Tornado makes one of these for each connection to /chat.
+    """One client.  Tornado makes an object of this class for each connection to /chat.
 
-    A WebSocket starts as an HTTP request that asks for an upgrade.  This is the handshake: the server
-    agrees with status 101, and from then on the TCP connection stays open and carries frames, small
-    packets of text, both ways.  Either side may send one at any moment.  Tornado does the handshake
-    and calls open, then on_message for each frame from the client, then on_close.
+    A WebSocket starts as an HTTP request that asks for an upgrade.  The server agrees with status 101.
+    That was the handshake; the TCP connection then stays open, and either side may send a text at any
+    time.  Each text travels in a frame: a few bytes that tell its length, and then the text.
 
-    A browser lets any web site open a WebSocket to us, but says which site it is (the Origin header).
-    Tornado refuses all but our own page.
+    Tornado does the handshake.  It calls open when it is done, on_message for each text that comes,
+    and on_close at the end.  A browser lets any web site connect to us, but says which one it is (in
+    the header Origin); Tornado refuses all sites but our own.
     """
 
-    nick = None  # until the client joins.  The post's page never joins.
+    nick = None  # until this client joins
 
     def write_json(self, **kwargs):
-        # Post: json.dumps(**kwargs).  dumps wants one object; this was a TypeError at every open.
-        send(self, frame(**kwargs))
+        # Post: json.dumps(**kwargs).  dumps takes one object and no keywords: a TypeError at each open.
+        send(self, frame(json.dumps(kwargs)))
 
     def open(self):
-        # TCP holds a small packet back while an earlier one is unconfirmed.  A chat cannot wait.
-        self.set_nodelay(True)
+        self.set_nodelay(True)  # else TCP holds back a short text until the last one is acknowledged
         connections.add(self)
-        # Post: type='message'.  The page took the list for one message and showed "undefined".
+        # Post: type='message'.  Its page took the list for one message, and showed "undefined".
         self.write_json(type="list", data=list(messages.values()), online=len(connections))
 
     async def on_message(self, data):
-        # Post: sent to everybody whatever came.  Any client could pretend to be the server.
+        # Post: sent on whatever came.  A client could send a list of messages in other people's names.
         try:
             data = checked(data, self.nick)
             if data["type"] == "error":
@@ -91,11 +90,11 @@ class WSHandler(websocket.WebSocketHandler):
                 broadcast(message=f"{self.nick} joined", online=len(connections))
             else:
                 broadcast(**data)
-        except Exception:  # a mistake in this script is not the client's fault: Tornado would close it
+        except Exception:  # a bug of ours.  Tornado would log it too, but also close the connection.
             self.log_exception(*sys.exc_info())
-        # Tornado reads this client's next frame when on_message is done.  If the client sends faster
-        # than that, its frames wait in TCP's buffers, and when those are full, it must wait itself.
-        # This is backpressure: a client that floods us slows down itself and nobody else.
+        # Tornado reads this client's next text when on_message is done.  What the client sends until
+        # then waits in TCP's buffers, and when they are full, the client itself has to wait.  This is
+        # backpressure: a client that floods the room slows down itself, and nobody else.
         await asyncio.sleep(PAUSE)
 
     def on_close(self):
@@ -106,15 +105,17 @@ class WSHandler(websocket.WebSocketHandler):
 
 # Post: for con in connections:
 #           messages.append(data)     stored the message once for each client
-#           con.write_json(data)      TypeError: write_json takes keywords only
+#           con.write_json(data)      a TypeError: write_json takes keywords
 #
-# Mended, this loop is right, and slow in a crowd.  When 1,000 people speak at once, it sends each of
-# their messages to each of them: a million frames, and each costs a call to the operating system.
+# With that mended, the loop works, but not in a crowd.  When 1,000 people speak at once, it sends each
+# of their messages to each of them: a million frames, and each is a call to the operating system.
 #
-# So a broadcast does not send.  It puts the message into the outbox.  A moment later flush sends all
-# that has gathered there to each client in one frame: 1,000 frames, with the same million messages.
-# The moment is a turn of the event loop: Tornado runs in one thread, which asks the system what has
-# arrived, calls the handlers for all of it, and asks again.  What arrives together leaves together.
+# So broadcast does not send.  It puts the message into the outbox.  A moment later, flush sends all that
+# is in there to each client, as one frame: 1,000 frames, with the same million messages in them.
+#
+# The moment is one turn of the event loop.  Tornado runs in a single thread, which goes round and
+# round: ask the operating system what has arrived, call the handlers for all of it, ask again.  So
+# what arrived together leaves together, and a lone message leaves at once.
 
 
 def broadcast(**said):
@@ -125,27 +126,32 @@ def broadcast(**said):
 
 
 def flush():
-    """Send what is in the outbox to every client, and empty it."""
-    said = []
-    for message in outbox:
-        if message.get("id") not in messages:  # a page that heard no answer says a message again
-            said.append(message)
-            if "id" in message:                # a notice has none; it is not kept
-                messages[message["id"]] = message
+    """Send all that is in the outbox to every client, as one frame."""
+    news = []
+    for said in outbox:
+        if "id" not in said:
+            news.append(said)  # a notice; the history does not keep it
+        elif said["id"] not in messages:  # a page repeats a message until it comes back
+            news.append(said)
+            messages[said["id"]] = said
     outbox.clear()
     while len(messages) > HISTORY:
-        del messages[next(iter(messages))]     # the oldest
-    if said:
-        data = frame(**said[0]) if len(said) == 1 else frame(type="list", data=said)
-        for con in connections:                # on_close never runs inside of send: the set stays as it is
+        del messages[next(iter(messages))]  # the oldest
+    if news:
+        data = frame(json.dumps(news[0] if len(news) == 1 else {"type": "list", "data": news}))
+        for con in connections:  # to send never calls on_close, which would change the set meanwhile
             send(con, data)
 
 
+HEARTBEAT = 10  # seconds
+
+
 def heartbeat():
-    """Send every client an empty list, so that its page knows: the server is still there."""
-    # TCP does not report that a network is dead.  The pings of the WebSocket protocol tell the server,
-    # but a browser answers them without a word to the page.  The page needs frames that it can see.
-    data = frame(type="list", data=[], online=len(connections))
+    """Send an empty list to every client.  main has Tornado call this every HEARTBEAT seconds."""
+    # When a network dies, TCP does not notice.  Tornado sends pings to find such clients; but a browser
+    # answers a ping without telling its page.  The page has to see something: then it knows that the
+    # connection is alive, and when nothing comes, it connects again.
+    data = frame(json.dumps({"type": "list", "data": [], "online": len(connections)}))
     for con in connections:
         send(con, data)
 
@@ -155,76 +161,81 @@ application = web.Application(
         (r"/", MainHandler),    # HTML chat homepage
         (r"/chat", WSHandler),  # WebSocket server
     ],
-    template_whitespace="all",  # the page's source reaches the browser as it stands in the file
-    websocket_max_message_size=MAX_MESSAGE,
-    websocket_ping_interval=PING,  # a client that does not answer is closed
+    template_whitespace="all",  # send the page as it stands in the file, with its indentation
+    websocket_max_message_size=16 * 1024,  # bytes; JSON may spell one character in 12 (\ud83d\ude00)
+    websocket_ping_interval=20,  # seconds; a client that has not answered by the next ping is closed
 )
 
 
-# =================================================================================================
-# The chat is complete, and the rest can be skipped at first.  Below stands what it needs among
-# strangers: what a client may say, how a frame is sent, what happens when there are too many
-# clients, and how the server starts and stops.
-# =================================================================================================
+# =========================================================================================================
+# That is the chat, and the rest can be skipped at first.  It is what a chat needs among strangers:
+# what a client may say, one frame for everybody, too many clients, and the start and the stop.
+# =========================================================================================================
 
 
 # ---- What a client may say ----------------------------------------------------------------------
 
 
-def checked(data, nick):
-    """Return what a client said, built from checked fields only; what is wrong with it, as an `error`.
+def checked(text, nick):
+    """Return what a client's text says, as a dictionary with checked fields only and a type.
 
-    data: the frame as it came.  nick: the one that the client has joined with, or None.
+    The type is "join", "message", or, where the text breaks a rule, "error".  nick is the one that
+    the client has joined with, or None.
     """
     answer = {"type": "error"}
     try:
-        data = parsed(data)
+        data = parsed(text)
         if "id" in data:
-            answer["id"] = text(data, "id")
+            answer["id"] = field(data, "id")
         match data.get("type"):
             case "join" if nick:
                 raise ValueError("You have joined already.")
             case "join":
-                return {"type": "join", "nick": text(data, "nick")}
+                return {"type": "join", "nick": field(data, "nick")}
             case "new_message":
-                # A nick is what its client says.  It proves nothing: there are no accounts here.
+                # The nick proves nothing.  There are no accounts, and anybody may call himself Ann.
                 return {"type": "message", "id": answer.get("id") or secrets.token_urlsafe(9),
-                        "nick": nick or text(data, "nick"), "message": text(data, "message")}
-        raise ValueError('The type must be "join" or "new_message".')
+                        "nick": nick or field(data, "nick"), "message": field(data, "message")}
+            case _:
+                raise ValueError('The type must be "join" or "new_message".')
     except ValueError as error:
         return {**answer, "message": str(error)}
 
 
-def parsed(data):
-    """Return the JSON object in a frame.  ValueError if there is none."""
+def parsed(text):
+    """Return the JSON object in a text.  ValueError if there is none."""
     try:
-        data = json.loads(data) if isinstance(data, str) else None  # bytes come from a binary frame
-    except (ValueError, RecursionError):  # RecursionError: thousands of nested brackets
+        data = json.loads(text) if isinstance(text, str) else None  # a frame can also hold bytes
+    except (ValueError, RecursionError):  # RecursionError: thousands of brackets within brackets
         data = None
     if not isinstance(data, dict):
-        raise ValueError("A frame must be text and hold one JSON object.")
+        raise ValueError("Send text, and in it one JSON object.")
     return data
 
 
-def text(data, field):
-    """Return a field of that object.  ValueError if it is missing, no text, blank or too long."""
-    value = data.get(field)
-    if field == "nick" and isinstance(value, str):
+def field(data, name):
+    """Return a field of a JSON object.  ValueError if it is missing, not text, blank or too long."""
+    value = data.get(name)
+    if name == "nick" and isinstance(value, str):
         value = value.strip()
-    if not isinstance(value, str) or not value.strip() or len(value) > LENGTHS[field]:
-        raise ValueError(f"The {field} must be text, of 1 to {LENGTHS[field]:,} characters.")
+    if not isinstance(value, str) or not value.strip() or len(value) > LENGTHS[name]:
+        raise ValueError(f"The {name} must be text, with 1 to {LENGTHS[name]:,} characters.")
     return value
 
 
 # ---- One frame for everybody --------------------------------------------------------------------
+#
+# Tornado has con.write_message(text) for this, and in a chat with few people that is all one needs.  But
+# it makes a new frame for each client, and starts a task that waits until the frame is sent.  To make the
+# frame once and write it straight to each client's TCP connection takes a third of the time.
 
 
-def frame(**data):
-    """Return a WebSocket frame, as bytes, that holds this object as JSON (RFC 6455, section 5.2)."""
-    payload = json.dumps(data).encode()
-    # The first byte says: text, and this frame is the whole message.  Then comes the length: in one
-    # byte if it is below 126; else 126 or 127 announces that 2 or 8 bytes follow with it.
+def frame(text):
+    """Return the WebSocket frame that holds this text, in bytes (RFC 6455, section 5.2)."""
+    payload = text.encode()
     size = len(payload)
+    # 0x81 means: text, all in this one frame.  Then comes the length: one byte if it is below 126; else
+    # the number 126 and two bytes, or 127 and eight.
     if size < 126:
         return struct.pack("!BB", 0x81, size) + payload
     if size < 65536:
@@ -232,48 +243,48 @@ def frame(**data):
     return struct.pack("!BBQ", 0x81, 127, size) + payload
 
 
-MAX_UNREAD = 4 * 1024 * 1024  # bytes that wait for a client that does not read
+MAX_UNREAD = 4 * 1024 * 1024  # bytes
 
 
 def send(con, data):
-    """Send a frame to one client, and do not wait: what TCP does not take now is sent later.
+    """Send a frame to one client.  What TCP does not take now, Tornado sends later.
 
-    The line `con.write_message(text)` could stand here instead, and nothing else would change.  But it
-    makes the frame anew for each client, and a task that waits for it: three times the work.  This
-    way Tornado documents too, all but the attribute `ws_connection`, which leads to the stream.
+    A client that does not read is cut off when MAX_UNREAD bytes wait for it.  Else one such client
+    could fill the server's memory.
     """
     if con.ws_connection is None or con.ws_connection.is_closing():
-        return  # after a close frame nothing may follow
+        return  # after its close frame a side may send nothing more
+    # Tornado's documentation describes the stream and its methods, but not that it is found here.
     stream = con.ws_connection.stream
     try:
-        if not stream.writing():  # nothing waits for this client, so this frame is next
+        if not stream.writing():  # nothing else is waiting to be sent to this client
             data = data[stream.write_to_fd(memoryview(data)):]
     except OSError:
-        pass  # TCP's buffer is full, or the client is gone: the stream finds out which
+        pass  # TCP's buffer is full, or the client is gone.  stream.write deals with both.
     if data:
-        stream.max_write_buffer_size = MAX_UNREAD
+        stream.max_write_buffer_size = MAX_UNREAD  # for this write only: Tornado's pings must not fail
         try:
             stream.write(data)
         except iostream.StreamBufferFullError:
-            stream.close()  # it does not read.  Its page will come back, and get the history.
-        stream.max_write_buffer_size = None  # Tornado's own pings and close frames always find room
+            stream.close()  # the page comes back by itself, and gets the history
+        stream.max_write_buffer_size = None
 
 
 # ---- Too many clients ---------------------------------------------------------------------------
 
-# Each client is an open file of this process, and the system allows only so many (`ulimit -n`).
+# Each connection is an open file of this process.  The system allows so many (see `ulimit -n`).
 MAX_FILES = os.sysconf("SC_OPEN_MAX") if hasattr(os, "sysconf") else -1  # -1: no limit is known
 
 
 class LimitedHTTPServer(httpserver.HTTPServer):
-    """Refuses a client when nearly all files are open.
+    """Tornado's HTTP server, which here refuses a client when nearly all files are open.
 
-    Without this, accept() would fail, the client would stay in the queue, and Tornado would try again
-    at once, in an endless loop.
+    Without this, the system would refuse to open the connection and keep it waiting.  Tornado would
+    try again at once, without end, and write a line into its log each time.
     """
 
     def handle_stream(self, stream, address):
-        # The system gives a new file the lowest free number.  A high one means: few are left.
+        # The system gives an open file the lowest free number.  A high number: few are left.
         if MAX_FILES < 0 or stream.socket.fileno() < MAX_FILES - 16:
             return super().handle_stream(stream, address)
         stream.write(b"HTTP/1.1 503 Service Unavailable\r\nConnection: close\r\n"
@@ -283,18 +294,8 @@ class LimitedHTTPServer(httpserver.HTTPServer):
 
 # ---- Start and stop -----------------------------------------------------------------------------
 
-TIMEOUT = 20  # seconds for an HTTP request to arrive; without a limit, slow ones could take all files
-GOODBYE = 2   # seconds for the clients to answer the goodbye
-
-
-async def goodbye():
-    """Close every connection, with a code and a reason that the page shows."""
-    flush()
-    deadline = time.monotonic() + GOODBYE
-    while connections and time.monotonic() < deadline:
-        for con in connections:  # in each round: there may be newcomers, in the middle of a handshake
-            con.close(1001, "the server stops")
-        await asyncio.sleep(0.05)
+TIMEOUT = 20  # seconds for an HTTP request; else one that never ends would hold its file for ever
+GOODBYE = 2   # seconds for all clients to leave
 
 
 async def stop_signal():
@@ -308,17 +309,27 @@ async def stop_signal():
     await stop.wait()
 
 
+async def goodbye():
+    """Send what is in the outbox, then close all connections, with a code and a reason."""
+    flush()
+    deadline = time.monotonic() + GOODBYE
+    while connections and time.monotonic() < deadline:
+        # Each time around: a client may be in the middle of its handshake, and come in only now.
+        for con in connections:
+            con.close(1001, "the server stops")  # a client answers this, and then on_close is called
+        await asyncio.sleep(0.05)
+
+
 async def main():
-    """Run the chat, as the command line says, until a signal stops it."""
+    """Run the chat until a signal stops it.  --port and --address say where."""
     parser = argparse.ArgumentParser(description="ScopyChat, a realtime chat on WebSockets.")
     parser.add_argument("--port", type=int, default=8888, help="default: %(default)s")
-    parser.add_argument("--address", default="localhost", help="default: %(default)s, for this machine "
-                        "only; 0.0.0.0 lets in everybody on the network")
+    parser.add_argument("--address", default="localhost", help="default: %(default)s, which only this "
+                        "machine can reach; with 0.0.0.0 the whole network can")
     options = parser.parse_args()
     if not 0 < options.port < 65536:
         parser.error("argument --port: a TCP port is a number from 1 to 65535")
-    http_server = LimitedHTTPServer(application, max_body_size=MAX_MESSAGE,
-                                    idle_connection_timeout=TIMEOUT, body_timeout=TIMEOUT)
+    http_server = LimitedHTTPServer(application, idle_connection_timeout=TIMEOUT, max_body_size=0)
     try:
         http_server.listen(options.port, options.address)  # Post: 8888, open to the whole network
     except (OSError, UnicodeError) as error:
@@ -331,4 +342,4 @@ async def main():
 
 
 if __name__ == "__main__":
-    asyncio.run(main())  # Post: IOLoop.instance().start().  Tornado runs on Python's event loop now.
+    asyncio.run(main())  # Post: IOLoop.instance().start().  Tornado runs on Python's own loop now.
