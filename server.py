@@ -25,6 +25,7 @@ Both sides send text, and each text is a JSON object:
 """
 import argparse
 import asyncio
+import contextlib
 import json
 import os
 import random
@@ -49,8 +50,8 @@ class MainHandler(web.RequestHandler):
     """Answers GET / with the page.  That is plain HTTP; the page then opens the WebSocket."""
 
     def get(self):
-        # test.html is a template: Tornado fills in {{ nonce }} and the like.  A nick for a newcomer, made
-        # up by the server, is from the post's other version of the chat, the one on CherryPy.
+        # test.html is a template: Tornado puts these values in where it has {{ nonce }} and so on.  That
+        # the server makes up a nick is from the post's other version of the chat, on CherryPy.
         self.render("test.html", nonce=secrets.token_urlsafe(), guest=f"User{random.randint(0, 100)}",
                     lengths=LENGTHS, history=HISTORY)
 
@@ -69,28 +70,29 @@ class WSHandler(websocket.WebSocketHandler):
 
     nick = None  # until this client joins
 
-    def write_json(self, **kwargs):
-        # Post: json.dumps(**kwargs).  dumps takes one object and no keywords: a TypeError at each open.
-        send(self, frame(json.dumps(kwargs)))
+    async def write_json(self, **kwargs):
+        # Post: json.dumps(**kwargs), which is a TypeError: dumps takes one object, and no keywords for it.
+        with contextlib.suppress(websocket.WebSocketClosedError):  # the client may have left meanwhile
+            await self.write_message(json.dumps(kwargs))
 
-    def open(self):
-        self.set_nodelay(True)  # else TCP holds back a short text until the last one is acknowledged
+    async def open(self):
+        self.set_nodelay(True)  # else TCP delays a short text until the client has confirmed the last one
         connections.add(self)
         # Post: type='message'.  Its page took the list for one message, and showed "undefined".
-        self.write_json(type="list", data=list(messages.values()), online=len(connections))
+        await self.write_json(type="list", data=list(messages.values()), online=len(connections))
 
     async def on_message(self, data):
-        # Post: sent on whatever came.  A client could send a list of messages in other people's names.
+        # Post: sent on whatever came.  checked returns nothing but the fields that a message should have.
         try:
             data = checked(data, self.nick)
             if data["type"] == "error":
-                self.write_json(**data)
+                await self.write_json(**data)
             elif data["type"] == "join":
                 self.nick = data["nick"]
-                broadcast(message=f"{self.nick} joined", online=len(connections))
+                broadcast(type="message", message=f"{self.nick} joined", online=len(connections))
             else:
                 broadcast(**data)
-        except Exception:  # a bug of ours.  Tornado would log it too, but also close the connection.
+        except Exception:  # a mistake in this script: log it, but do not let Tornado close the connection
             self.log_exception(*sys.exc_info())
         # Tornado reads this client's next text when on_message is done.  What the client sends until
         # then waits in TCP's buffers, and when they are full, the client itself has to wait.  This is
@@ -100,7 +102,7 @@ class WSHandler(websocket.WebSocketHandler):
     def on_close(self):
         connections.discard(self)
         if self.nick:
-            broadcast(message=f"{self.nick} left", online=len(connections))
+            broadcast(type="message", message=f"{self.nick} left", online=len(connections))
 
 
 # Post: for con in connections:
@@ -122,7 +124,7 @@ def broadcast(**said):
     """Say something to everybody, at the next turn of the event loop."""
     if not outbox:
         asyncio.get_running_loop().call_soon(flush)
-    outbox.append({"type": "message", "time": round(time.time(), 2), **said})
+    outbox.append({"time": round(time.time(), 2), **said})
 
 
 def flush():
@@ -131,16 +133,17 @@ def flush():
     for said in outbox:
         if "id" not in said:
             news.append(said)  # a notice; the history does not keep it
-        elif said["id"] not in messages:  # a page repeats a message until it comes back
+        elif said["id"] not in messages:  # a known id: a page has sent its message again, to be sure
             news.append(said)
             messages[said["id"]] = said
     outbox.clear()
     while len(messages) > HISTORY:
         del messages[next(iter(messages))]  # the oldest
     if news:
-        data = frame(json.dumps(news[0] if len(news) == 1 else {"type": "list", "data": news}))
-        for con in connections:  # to send never calls on_close, which would change the set meanwhile
-            send(con, data)
+        text = json.dumps(news[0] if len(news) == 1 else {"type": "list", "data": news})
+        data = frame(text)
+        for con in connections:
+            send(con, data)  # what con.write_message(text) does, but faster; see below
 
 
 HEARTBEAT = 10  # seconds
@@ -162,44 +165,44 @@ application = web.Application(
         (r"/chat", WSHandler),  # WebSocket server
     ],
     template_whitespace="all",  # send the page as it stands in the file, with its indentation
-    websocket_max_message_size=16 * 1024,  # bytes; JSON may spell one character in 12 (\ud83d\ude00)
+    websocket_max_message_size=16 * 1024,  # bytes: JSON may take 12 for one character (\ud83d\ude00)
     websocket_ping_interval=20,  # seconds; a client that has not answered by the next ping is closed
 )
 
 
-# =========================================================================================================
-# That is the chat, and the rest can be skipped at first.  It is what a chat needs among strangers:
-# what a client may say, one frame for everybody, too many clients, and the start and the stop.
-# =========================================================================================================
+# =================================================================================================
+# That is the chat.  What follows can be skipped at first: how on_message checks what a client says,
+# how flush sends one frame to everybody, what happens when there are too many clients, and how the
+# server starts and stops.
+# =================================================================================================
 
 
 # ---- What a client may say ----------------------------------------------------------------------
 
 
 def checked(text, nick):
-    """Return what a client's text says, as a dictionary with checked fields only and a type.
+    """Return what a client's text says, as a dictionary with a type and checked fields only.
 
-    The type is "join", "message", or, where the text breaks a rule, "error".  nick is the one that
-    the client has joined with, or None.
+    The type is "join", "message" or, if the text breaks a rule, "error".  nick is the one that the
+    client has joined with, or None.
     """
-    answer = {"type": "error"}
+    id = None
     try:
         data = parsed(text)
         if "id" in data:
-            answer["id"] = field(data, "id")
-        match data.get("type"):
-            case "join" if nick:
-                raise ValueError("You have joined already.")
-            case "join":
-                return {"type": "join", "nick": field(data, "nick")}
-            case "new_message":
-                # The nick proves nothing.  There are no accounts, and anybody may call himself Ann.
-                return {"type": "message", "id": answer.get("id") or secrets.token_urlsafe(9),
-                        "nick": nick or field(data, "nick"), "message": field(data, "message")}
-            case _:
-                raise ValueError('The type must be "join" or "new_message".')
+            id = field(data, "id")
+        if data.get("type") == "new_message":
+            # A nick proves nothing.  There are no accounts, and anybody can say that he is Ann.
+            return {"type": "message", "id": id or secrets.token_urlsafe(9),
+                    "nick": nick or field(data, "nick"), "message": field(data, "message")}
+        if data.get("type") != "join":
+            raise ValueError('The type must be "join" or "new_message".')
+        if nick:
+            raise ValueError("You have joined already.")
+        return {"type": "join", "nick": field(data, "nick")}
     except ValueError as error:
-        return {**answer, "message": str(error)}
+        answer = {"type": "error", "message": str(error)}
+        return {**answer, "id": id} if id else answer
 
 
 def parsed(text):
@@ -225,9 +228,9 @@ def field(data, name):
 
 # ---- One frame for everybody --------------------------------------------------------------------
 #
-# Tornado has con.write_message(text) for this, and in a chat with few people that is all one needs.  But
-# it makes a new frame for each client, and starts a task that waits until the frame is sent.  To make the
-# frame once and write it straight to each client's TCP connection takes a third of the time.
+# In flush, con.write_message(text) would do.  But it makes a new frame for each client, and starts a
+# task that waits until the frame is sent.  To make the frame once, and to write it straight to each
+# client's TCP connection, takes a third of the time.  In a crowd, that is nearly all of the time.
 
 
 def frame(text):
@@ -243,31 +246,32 @@ def frame(text):
     return struct.pack("!BBQ", 0x81, 127, size) + payload
 
 
-MAX_UNREAD = 4 * 1024 * 1024  # bytes
+MAX_UNREAD = 4 * 1024 * 1024  # bytes that may wait for a client which does not read
 
 
 def send(con, data):
-    """Send a frame to one client.  What TCP does not take now, Tornado sends later.
+    """Send a frame to one client, and do not wait.  What TCP does not take now, Tornado sends later.
 
-    A client that does not read is cut off when MAX_UNREAD bytes wait for it.  Else one such client
-    could fill the server's memory.
+    This never calls on_close, not even where it closes the connection: Tornado does that in a later
+    turn of the event loop.  So flush can go through connections meanwhile.
     """
     if con.ws_connection is None or con.ws_connection.is_closing():
         return  # after its close frame a side may send nothing more
-    # Tornado's documentation describes the stream and its methods, but not that it is found here.
+    # The stream is Tornado's end of the TCP connection.  Its methods are documented, and used here as
+    # the documentation says.  That it is found at ws_connection.stream is not documented.
     stream = con.ws_connection.stream
     try:
-        if not stream.writing():  # nothing else is waiting to be sent to this client
-            data = data[stream.write_to_fd(memoryview(data)):]
+        if not stream.writing():  # nothing is waiting to be sent to this client
+            data = data[stream.write_to_fd(memoryview(data)):]  # the rest, which TCP did not take
     except OSError:
-        pass  # TCP's buffer is full, or the client is gone.  stream.write deals with both.
+        pass  # TCP's buffer is full, or the client is gone.  stream.write finds out which.
     if data:
-        stream.max_write_buffer_size = MAX_UNREAD  # for this write only: Tornado's pings must not fail
+        stream.max_write_buffer_size = MAX_UNREAD
         try:
             stream.write(data)
         except iostream.StreamBufferFullError:
-            stream.close()  # the page comes back by itself, and gets the history
-        stream.max_write_buffer_size = None
+            stream.close()  # else such a client could fill our memory.  Its page will come back.
+        stream.max_write_buffer_size = None  # no limit for what Tornado itself sends, such as pings
 
 
 # ---- Too many clients ---------------------------------------------------------------------------
@@ -295,33 +299,34 @@ class LimitedHTTPServer(httpserver.HTTPServer):
 # ---- Start and stop -----------------------------------------------------------------------------
 
 TIMEOUT = 20  # seconds for an HTTP request; else one that never ends would hold its file for ever
-GOODBYE = 2   # seconds for all clients to leave
+GOODBYE = 6   # seconds for all clients to leave; one that does not answer is given up after 5 by Tornado
 
 
-async def stop_signal():
-    """Wait for SIGINT (Ctrl+C) or SIGTERM."""
+def stop_signal():
+    """Return an event that SIGINT (Ctrl+C) or SIGTERM sets."""
     loop, stop = asyncio.get_running_loop(), asyncio.Event()
     for signum in signal.SIGINT, signal.SIGTERM:
         try:
             loop.add_signal_handler(signum, stop.set)
         except NotImplementedError:  # on Windows
             signal.signal(signum, lambda *args: loop.call_soon_threadsafe(stop.set))
-    await stop.wait()
+    return stop
 
 
 async def goodbye():
     """Send what is in the outbox, then close all connections, with a code and a reason."""
     flush()
     deadline = time.monotonic() + GOODBYE
-    while connections and time.monotonic() < deadline:
-        # Each time around: a client may be in the middle of its handshake, and come in only now.
-        for con in connections:
-            con.close(1001, "the server stops")  # a client answers this, and then on_close is called
-        await asyncio.sleep(0.05)
+    while True:
+        for con in connections:  # in each round: a client that was in its handshake may come in now
+            con.close(1001, "the server stops")  # when the client has answered, Tornado calls on_close
+        await asyncio.sleep(PAUSE + 0.03)  # each on_message ends within this time
+        if not connections or time.monotonic() > deadline:
+            break
 
 
-async def main():
-    """Run the chat until a signal stops it.  --port and --address say where."""
+def command_line():
+    """Return the options that the server was started with."""
     parser = argparse.ArgumentParser(description="ScopyChat, a realtime chat on WebSockets.")
     parser.add_argument("--port", type=int, default=8888, help="default: %(default)s")
     parser.add_argument("--address", default="localhost", help="default: %(default)s, which only this "
@@ -329,14 +334,23 @@ async def main():
     options = parser.parse_args()
     if not 0 < options.port < 65536:
         parser.error("argument --port: a TCP port is a number from 1 to 65535")
+    return options
+
+
+async def main():
+    """Run the chat until a signal stops it."""
+    options = command_line()
+    # No request for the page or for a handshake has a body, so none is accepted.
     http_server = LimitedHTTPServer(application, idle_connection_timeout=TIMEOUT, max_body_size=0)
     try:
         http_server.listen(options.port, options.address)  # Post: 8888, open to the whole network
     except (OSError, UnicodeError) as error:
         sys.exit(f"Cannot listen on {options.address}, port {options.port}: {error}")
-    print(f"ScopyChat is open at http://{options.address}:{options.port}/ (Ctrl+C closes it)", flush=True)
+    stop = stop_signal()
+    host = f"[{options.address}]" if ":" in options.address else options.address
+    print(f"ScopyChat is open at http://{host}:{options.port}/ (Ctrl+C closes it)", flush=True)
     ioloop.PeriodicCallback(heartbeat, HEARTBEAT * 1000).start()
-    await stop_signal()
+    await stop.wait()
     http_server.stop()
     await goodbye()
 
