@@ -35,7 +35,7 @@ import struct
 import sys
 import time
 
-from tornado import httpserver, ioloop, iostream, web, websocket
+from tornado import gen, httpserver, ioloop, iostream, web, websocket
 
 LENGTHS = {"nick": 30, "message": 1000, "id": 64}  # each has at least 1 character, and at most so many
 HISTORY = 100  # the last messages, which a newcomer is shown
@@ -81,12 +81,12 @@ class WSHandler(websocket.WebSocketHandler):
         # Post: type='message'.  Its page took the list for one message, and showed "undefined".
         await self.write_json(type="list", data=list(messages.values()), online=len(connections))
 
-    async def on_message(self, data):
+    def on_message(self, data):
         # Post: sent on whatever came.  checked returns nothing but the fields that a message should have.
         try:
             data = checked(data, self.nick)
             if data["type"] == "error":
-                await self.write_json(**data)
+                asyncio.ensure_future(self.write_json(**data))  # and do not wait
             elif data["type"] == "join":
                 self.nick = data["nick"]
                 broadcast(type="message", message=f"{self.nick} joined", online=len(connections))
@@ -94,10 +94,10 @@ class WSHandler(websocket.WebSocketHandler):
                 broadcast(**data)
         except Exception:  # a mistake in this script: log it, but do not let Tornado close the connection
             self.log_exception(*sys.exc_info())
-        # Tornado reads this client's next text when on_message is done.  What the client sends until
-        # then waits in TCP's buffers, and when they are full, the client itself has to wait.  This is
-        # backpressure: a client that floods the room slows down itself, and nobody else.
-        await asyncio.sleep(PAUSE)
+        # Tornado waits for what on_message returns, and then reads this client's next text.  What the
+        # client sends until then waits in TCP's buffers, and when they are full, the client itself has
+        # to wait.  This is backpressure: a client that floods the room slows down nobody but itself.
+        return gen.sleep(PAUSE)
 
     def on_close(self):
         connections.discard(self)
@@ -260,18 +260,19 @@ def send(con, data):
     # The stream is Tornado's end of the TCP connection.  Its methods are documented, and used here as
     # the documentation says.  That it is found at ws_connection.stream is not documented.
     stream = con.ws_connection.stream
-    try:
-        if not stream.writing():  # nothing is waiting to be sent to this client
+    behind = stream.writing()  # an earlier frame is still waiting; this one must queue up after it
+    if not behind:
+        with contextlib.suppress(OSError):  # TCP's buffer is full, or the client is gone: see below
             data = data[stream.write_to_fd(memoryview(data)):]  # the rest, which TCP did not take
-    except OSError:
-        pass  # TCP's buffer is full, or the client is gone.  stream.write finds out which.
     if data:
-        stream.max_write_buffer_size = MAX_UNREAD
+        # A client that was not behind may get a frame of any size.  The limit is for this write alone:
+        # Tornado's own writes, of a ping or a close frame, do not expect one.
+        stream.max_write_buffer_size = MAX_UNREAD if behind else None
         try:
-            stream.write(data)
+            stream.write(data)  # if the client is gone, this closes the stream
         except iostream.StreamBufferFullError:
-            stream.close()  # else such a client could fill our memory.  Its page will come back.
-        stream.max_write_buffer_size = None  # no limit for what Tornado itself sends, such as pings
+            stream.close()  # the client does not read
+        stream.max_write_buffer_size = None
 
 
 # ---- Too many clients ---------------------------------------------------------------------------
@@ -299,7 +300,7 @@ class LimitedHTTPServer(httpserver.HTTPServer):
 # ---- Start and stop -----------------------------------------------------------------------------
 
 TIMEOUT = 20  # seconds for an HTTP request; else one that never ends would hold its file for ever
-GOODBYE = 6   # seconds for all clients to leave; one that does not answer is given up after 5 by Tornado
+GOODBYE = 2   # seconds for all clients to leave
 
 
 def stop_signal():
@@ -317,12 +318,10 @@ async def goodbye():
     """Send what is in the outbox, then close all connections, with a code and a reason."""
     flush()
     deadline = time.monotonic() + GOODBYE
-    while True:
+    while connections and time.monotonic() < deadline:
         for con in connections:  # in each round: a client that was in its handshake may come in now
             con.close(1001, "the server stops")  # when the client has answered, Tornado calls on_close
-        await asyncio.sleep(PAUSE + 0.03)  # each on_message ends within this time
-        if not connections or time.monotonic() > deadline:
-            break
+        await asyncio.sleep(0.05)
 
 
 def command_line():
@@ -341,7 +340,8 @@ async def main():
     """Run the chat until a signal stops it."""
     options = command_line()
     # No request for the page or for a handshake has a body, so none is accepted.
-    http_server = LimitedHTTPServer(application, idle_connection_timeout=TIMEOUT, max_body_size=0)
+    http_server = LimitedHTTPServer(application, idle_connection_timeout=TIMEOUT, body_timeout=TIMEOUT,
+                                    max_body_size=0)
     try:
         http_server.listen(options.port, options.address)  # Post: 8888, open to the whole network
     except (OSError, UnicodeError) as error:
