@@ -4,7 +4,10 @@
 reason to skip it, and the reason says how to get it; `.ci/run` gets everything, and with CI=true nothing is skipped.
 """
 import collections
+import concurrent.futures
 import contextlib
+import datetime
+import functools
 import importlib.util
 import itertools
 import json
@@ -43,7 +46,9 @@ except ImportError:
     sync_playwright = None
 
 HERE = pathlib.Path(__file__).resolve().parent
-MODULES = HERE / ".ci/node_modules"
+JQUERY = HERE / ".ci/node_modules/jquery/dist/jquery.min.js"
+AXE = HERE / ".ci/node_modules/axe-core/axe.min.js"
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 WAIT = 10  # seconds after which something that should come counts as lost
 UNIX = unittest.skipIf(resource is None, "it sends signals, or limits files, as only Unix can")
 
@@ -238,9 +243,10 @@ class ChatTest(unittest.TestCase):
         need(ClientProtocol, "websockets", "pip install websockets")
         self.chat = self.start(changes=self.CHANGES, files=self.FILES)
 
-    def start(self, *options, log="", **more):
+    def start(self, *options, **more):
         chat = Chat(*options, **more)
-        self.addCleanup(lambda: self.assertIn(chat.stop(), [(0, log), None]))
+        self.addClassCleanup(lambda: self.assertIn(chat.stop(None), [(0, ""), None]))  # looked at when it has had time
+        self.addCleanup(chat.process.terminate)
         return chat
 
     def guest(self, nick=None, chat=None, **more):
@@ -297,18 +303,6 @@ class EverybodyHearsEverything(ChatTest):
         ann.send({"type": "join", "nick": "Bob"})
         self.assertEqual(ann.line()["type"], "error")
 
-    def test_the_history_is_bounded_and_a_repetition_is_known_by_its_id(self):
-        ann, bob = self.guest(), self.guest()
-        for i in range(server.HISTORY + 20):
-            ann.say(f"{i}", id=f"{i}")
-        ann.until(f"{server.HISTORY + 19}")
-        oldest = self.guest().frame()["data"]
-        self.assertEqual([line["message"] for line in oldest], [f"{i}" for i in range(20, server.HISTORY + 20)])
-        for guest in ann, bob, ann:
-            guest.say("again", id="22")  # 98 others have come after it
-        bob.say("the end")
-        self.assertEqual(ann.said("the end"), ["the end"])
-
     @UNIX
     def test_what_arrives_together_leaves_together_and_a_repetition_in_it_is_known(self):
         guests = [self.guest() for _ in range(30)]
@@ -320,6 +314,35 @@ class EverybodyHearsEverything(ChatTest):
         guests[0].say("the end")
         self.assertEqual(len(guests[1].said("the end")), 16)
         self.assertLess(len(guests[1].heard), 12)  # frames; with one for each line there would be 17
+
+    def test_the_posts_own_page_can_chat(self):
+        """Its frames have no id; it never joins; it understands `list`, and shows the `message` of anything else."""
+        ann, shown = self.guest(), []
+        for _ in range(2):
+            ann.send('{"type":"new_message","nick":"Ann","message":"hello"}')
+        while len(shown) < 2:
+            data = ann.frame()
+            for entry in data["data"] if data["type"] == "list" else [data]:
+                shown.append((entry["nick"] + ": " if entry.get("nick") else "") + entry["message"])
+        self.assertEqual(shown, ["Ann: hello"] * 2)
+        ann.send('{"type":"new_message","nick":"","message":"hello"}')
+        self.assertIn("nick", ann.frame()["message"])
+
+
+class TheHistory(ChatTest):
+    CHANGES = "server.PAUSE = 0"
+
+    def test_the_history_is_bounded_and_a_repetition_is_known_by_its_id(self):
+        ann, bob = self.guest(), self.guest()
+        for i in range(server.HISTORY + 20):
+            ann.say(f"{i}", id=f"{i}")
+        ann.until(f"{server.HISTORY + 19}")
+        oldest = self.guest().frame()["data"]
+        self.assertEqual([line["message"] for line in oldest], [f"{i}" for i in range(20, server.HISTORY + 20)])
+        for guest in ann, bob, ann:
+            guest.say("again", id="22")  # 98 others have come after it
+        bob.say("the end")
+        self.assertEqual(ann.said("the end"), ["the end"])
 
     def test_who_comes_in_the_middle_of_the_talk_hears_each_line_once(self):
         guests = [self.guest() for _ in range(8)]
@@ -335,19 +358,6 @@ class EverybodyHearsEverything(ChatTest):
             for number in range(8):
                 numbers = [int(line.split()[1]) for line in said if line.startswith(f"{number} ")]
                 self.assertEqual(numbers, list(range(*(numbers and (numbers[0], 30) or (0, 0)))))
-
-    def test_the_posts_own_page_can_chat(self):
-        """Its frames have no id; it never joins; it understands `list`, and shows the `message` of anything else."""
-        ann, shown = self.guest(), []
-        for _ in range(2):
-            ann.send('{"type":"new_message","nick":"Ann","message":"hello"}')
-        while len(shown) < 2:
-            data = ann.frame()
-            for entry in data["data"] if data["type"] == "list" else [data]:
-                shown.append((entry["nick"] + ": " if entry.get("nick") else "") + entry["message"])
-        self.assertEqual(shown, ["Ann: hello"] * 2)
-        ann.send('{"type":"new_message","nick":"","message":"hello"}')
-        self.assertIn("nick", ann.frame()["message"])
 
 
 class FramesOfEveryLength(ChatTest):
@@ -537,7 +547,7 @@ class OneCannotHurtTheOthers(ChatTest):
     @unittest.skipUnless(os.path.exists("/proc/self/status"), "it looks into /proc, which only Linux has")
     def test_memory_and_files_are_free_again_when_many_have_left(self):
         def come_and_go():
-            for _ in range(10):
+            for _ in range(5):
                 crowd = [self.guest() for _ in range(40)]
                 for guest in crowd:
                     guest.say("😀" * 1000)
@@ -560,7 +570,7 @@ class TheSlowAreHeldUpAndTheDeafAreCutOff(ChatTest):
     CHANGES = """
 server.PAUSE = 0
 server.LENGTHS["message"] = 60_000
-server.application.settings.update(websocket_max_message_size=70_000, websocket_ping_interval=0.5)"""
+server.application.settings.update(websocket_max_message_size=70_000, websocket_ping_interval=0.3)"""
 
     def test_one_that_does_not_read_is_cut_off_and_one_that_reads_slowly_is_not(self):
         deaf, slow, ann = self.guest("Deaf", slow=True), self.guest(slow=True), self.guest("Ann")
@@ -578,7 +588,7 @@ server.application.settings.update(websocket_max_message_size=70_000, websocket_
     def test_under_pressure_nobody_is_closed_who_answers_pings(self):
         ann, deaf = self.guest("Ann"), self.guest("Deaf", slow=True)
         ann.until("Deaf joined")
-        end, rounds, crowd = time.monotonic() + 2, 0, collections.deque()
+        end, rounds, crowd = time.monotonic() + 1.2, 0, collections.deque()
         while time.monotonic() < end or rounds < 20:  # four pings
             for _ in range(4):
                 crowd.append(self.guest())
@@ -671,14 +681,14 @@ class ItStartsAndStops(ChatTest):
                 self.assertEqual(page.status, 200)
 
     def test_wrong_options_get_a_clear_line(self):
-        for options, word in [(["--port", "x"], "'x'"), (["--port", "99999"], "--port"), (["--port=-1"], "--port"),
-                              (["--port=0"], "--port"), (["--prot", "1"], "--prot"), (["--address", "no.invalid"], "no.invalid"),
-                              (["--address", ".."], ".."), ([f"--port={self.chat.port}"], f"{self.chat.port}")]:
-            with self.subTest(options):
-                done = self.run_server(*options)
-                self.assertGreater(done.returncode, 0)
-                self.assertIn(word, done.stderr.splitlines()[-1])
-                self.assertNotIn("Traceback", done.stderr)
+        words = {"--port=x": "'x'", "--port=99999": "--port", "--port=-1": "--port", "--port=0": "--port", "--prot=1": "--prot",
+                 "--address=no.invalid": "no.invalid", "--address=..": "..", f"--port={self.chat.port}": f"{self.chat.port}"}
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            for option, done in zip(words, pool.map(self.run_server, words), strict=True):
+                with self.subTest(option):
+                    self.assertGreater(done.returncode, 0)
+                    self.assertIn(words[option], done.stderr.splitlines()[-1])
+                    self.assertNotIn("Traceback", done.stderr)
         self.assertIn("--address", self.run_server("--help").stdout)
 
     def test_its_metadata_names_python_and_tornado(self):
@@ -690,7 +700,7 @@ class ItStartsAndStops(ChatTest):
     @UNIX
     def test_a_signal_ends_it_with_a_goodbye_whoever_is_there(self):
         for signum, deaf in (signal.SIGTERM, True), (signal.SIGINT, False):
-            chat = self.start(changes="server.HEARTBEAT = 0.01; server.MAX_UNREAD = 10_000")
+            chat = self.start(changes="server.HEARTBEAT = 0.01; server.MAX_UNREAD = 10_000; server.GOODBYE = 0.5")
             anns = [self.guest(f"Ann {i}", chat) for i in range(20)]
             for _ in range(3 if deaf else 0):  # they flood, and read nothing
                 flood = frame(json.dumps(new_message("flood"))) * 20000
@@ -727,7 +737,7 @@ class ItStartsAndStops(ChatTest):
 
     @UNIX
     def test_what_was_accepted_is_delivered_before_the_goodbye(self):
-        for _ in range(5):
+        for _ in range(3):
             chat = self.start()
             guests = [self.guest(chat=chat) for _ in range(5)]
             for guest in guests:
@@ -794,3 +804,589 @@ class WhatAReaderBreaksShows(ChatTest):
                     guest.send({"type": "nonsense"})
                     self.assertEqual(guest.frame()["message"][:8], "The type")
                 self.assertIn("Traceback", self.logged())
+
+
+# ---- The page ----------------------------------------------------------------------------------------------------------
+
+
+class Proxy:
+    """The network between the browser and the server.  It can break all connections, refuse new ones, or go dead."""
+
+    def __init__(self, target):
+        self.target, self.ends, self.accepted = target, [], 0
+        self.refuses = False  # whether it ends new connections at once
+        self.dead = False     # whether it swallows all that is sent through it, and says nothing
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self.listener.getsockname()[1]
+        threading.Thread(target=self.accept, daemon=True).start()
+
+    def accept(self):
+        with contextlib.suppress(OSError):
+            while True:
+                near, _ = self.listener.accept()
+                self.accepted += 1
+                try:
+                    far = None if self.refuses else socket.create_connection(("127.0.0.1", self.target))
+                except OSError:
+                    far = None
+                if far is None:
+                    near.close()
+                    continue
+                self.ends.append((near, far))
+                for pair in (near, far), (far, near):
+                    threading.Thread(target=self.pump, args=pair, daemon=True).start()
+
+    def pump(self, source, target):
+        swallows = False
+        with contextlib.suppress(OSError):
+            while data := source.recv(65536):
+                swallows = swallows or self.dead
+                if not swallows:
+                    target.sendall(data)
+        for end in source, target:
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+
+    def cut(self, ends=None):
+        """Reset a connection, or all."""
+        for pair in [ends] if ends else list(self.ends):
+            self.ends.remove(pair)
+            for end in pair:
+                with contextlib.suppress(OSError):
+                    end.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                    end.shutdown(socket.SHUT_RD)
+                end.close()
+
+    def close(self):
+        self.listener.close()
+        self.cut()
+
+
+@functools.cache
+def browser():
+    """Return a Chromium for all tests."""
+    playwright = sync_playwright().start()
+    unittest.addModuleCleanup(playwright.stop)
+    chromium = playwright.chromium.launch(
+        executable_path=CHROMIUM, args=["--no-sandbox", "--disable-features=LocalNetworkAccessChecks"])
+    unittest.addModuleCleanup(chromium.close)
+    return chromium
+
+
+@functools.cache
+def windows(jquery=JQUERY.read_bytes() if JQUERY.exists() else None, test=None, **options):
+    """Return a context for windows: a shared one, or one for this test alone, with Playwright's options."""
+    context = browser().new_context(**options)
+    context.set_default_timeout(WAIT * 1000)
+    context.route("https://code.jquery.com/**", lambda route: route.fulfill(
+        body=jquery, content_type="text/javascript", headers={"Access-Control-Allow-Origin": "*"}))
+    return context
+
+
+class PageTest(ChatTest):
+    """A test with windows of a real browser, which reach the server through a proxy."""
+
+    def setUp(self):
+        need(sync_playwright, "Playwright", "pip install playwright")
+        need(CHROMIUM, "Chromium", "install your system's package, on Debian `apt-get install chromium`")
+        need(JQUERY.exists() and AXE.exists(), "jQuery or axe-core", "npm install --prefix .ci jquery@4.0.0 axe-core@4")
+        super().setUp()
+        self.proxy = Proxy(self.chat.port)
+        self.addCleanup(self.proxy.close)
+        self.errors = []
+        self.addCleanup(lambda: self.assertEqual(self.errors, []))
+
+    def window(self, nick=None, clock=None, change=None, size=None, **options):
+        """Return a page, in which this nick has joined.  change is a function of the page's text."""
+        context = windows(test=clock and self.id(), **options)
+        page = context.new_page()
+        self.addCleanup(page.close)
+        if clock:
+            page.clock.install(time=clock)
+        if size:
+            page.set_viewport_size({"width": size[0], "height": size[1]})
+        page.on("pageerror", lambda error: self.errors.append(str(error)))
+        if change:
+            page.route("**/", lambda route: route.fulfill(
+                body=change(route.fetch().text()), content_type="text/html"))
+        page.goto(f"http://localhost:{self.proxy.port}/")
+        page.evaluate("window.jQuery && new Promise(ready => jQuery(ready))")
+        if nick:
+            self.join(page, nick)
+        return page
+
+    def join(self, page, nick):
+        page.get_by_label("Nick").fill(nick)
+        page.get_by_label("Nick").press("Enter")
+        self.shows(page, f"{nick.strip()} joined")
+
+    def post(self, page, *messages):
+        for message in messages:
+            page.get_by_label("Post as").fill(message)
+            page.get_by_label("Post as").press("Enter")
+
+    def shows(self, page, text):
+        """Wait until the log has a line with this text."""
+        page.locator("#chat li", has_text=text).last.wait_for(state="attached")
+
+    def said(self, page):
+        """Return what people have said, as the page has it."""
+        return page.locator("#chat li:has(time) > p:last-child").all_text_contents()
+
+    def runs(self, page, condition, seconds=60):
+        """Let the clock of a page run until a condition is true."""
+        for _ in range(seconds):
+            if page.evaluate(condition):
+                return
+            page.clock.run_for(1000)
+            page.wait_for_timeout(20)  # what was sent meanwhile arrives
+        raise AssertionError(f"after {seconds} s: {page.locator('main').inner_text()}")
+
+    def at_end(self, page):
+        return page.evaluate("(([log]) => log.scrollHeight - log.scrollTop - log.clientHeight < 2)(jQuery('#log'))")
+
+
+CONNECTED = "() => jQuery('#status').text() === 'Connected'"
+DISCONNECTED = "() => jQuery('#status').text().startsWith('Disconnected')"
+
+
+class ThePageTalks(PageTest):
+    def test_two_windows_talk_and_markup_is_text(self):
+        ann = self.window()
+        self.assertRegex(ann.get_by_label("Nick").input_value(), r"^User\d+$")
+        self.assertTrue(ann.evaluate("jQuery.fn.jquery === '4.0.0'"))
+        self.join(ann, "  Ann ")
+        expect(ann.get_by_text("Post as Ann", exact=True)).to_be_visible()
+        expect(ann.locator("#login")).to_be_hidden()
+        self.shows(ann, "chat server connected")
+        self.post(ann, "hello", "   ", "", "<img src=x onerror=alert(1)><b>bold</b>")
+        bob = self.window("<img src=x>")
+        self.shows(bob, "<b>bold</b>")
+        self.post(bob, "hi Ann")
+        self.shows(ann, "hi Ann")
+        for page in ann, bob:
+            self.assertEqual(self.said(page), ["hello", "<img src=x onerror=alert(1)><b>bold</b>", "hi Ann"])
+            self.shows(page, "<img src=x> joined")
+            expect(page.locator("#chat img, #chat p b b")).to_have_count(0)
+            expect(page.get_by_text("2 online")).to_be_visible()
+            expect(page.get_by_text("sending")).to_have_count(0)
+        self.assertRegex(ann.locator("#chat li", has_text="hi Ann").inner_text(), r"<img src=x> \d+:\d\d.*\s+hi Ann")
+        bob.close()
+        self.shows(ann, "<img src=x> left")
+        expect(ann.get_by_text("1 online")).to_be_visible()
+
+    def test_everything_by_keyboard_and_the_caret_stays_in_the_box(self):
+        page = self.window()
+        page.keyboard.type("Ann\nhi\n")
+        self.shows(page, "hi")
+        page.get_by_label("Post as").fill("by a click")
+        page.get_by_role("button", name="Post").click()
+        self.shows(page, "by a click")
+        page.keyboard.type("and the caret is there\n")
+        self.shows(page, "the caret is there")
+        page.keyboard.press("Shift+Tab")
+        expect(page.get_by_role("region", name="Conversation")).to_be_focused()  # the arrow keys scroll it
+
+    def test_markup_could_not_run_even_if_it_got_into_the_page(self):
+        page = self.window()
+        page.evaluate("""() => {
+            window.refused = [];
+            document.addEventListener('securitypolicyviolation', evt => window.refused.push(evt.effectiveDirective));
+            const add = (name, attributes) => document.body.append(Object.assign(document.createElement(name), attributes));
+            document.getElementById('chat').innerHTML = '<img src="x"><b onclick="window.ran = 1">b</b>';
+            document.querySelector('#chat b').click();
+            add('script', {textContent: 'window.ran = 2'});
+            add('script', {src: '/evil.js'});
+            add('base', {href: 'https://example.com/'});
+            add('style', {textContent: '* { display: none }'});
+            add('iframe', {src: '/'});
+            add('form', {action: '/evil'});
+            document.body.lastChild.submit();
+            fetch('https://example.com/').catch(() => {});
+        }""")
+        names = {"img-src", "script-src-attr", "script-src-elem", "base-uri", "style-src-elem", "frame-src", "form-action",
+                 "connect-src"}
+        page.wait_for_function("count => new Set(window.refused).size >= count", arg=len(names))
+        self.assertEqual(set(page.evaluate("window.refused")), names)
+        self.assertTrue(page.evaluate("window.ran === undefined"))
+
+    def test_what_is_typed_is_sent_whole_or_refused_in_words(self):
+        ann, bob = self.window(), self.guest("Bob")
+        box = ann.get_by_label("Nick")
+        box.fill("x" * 31)
+        ann.get_by_role("button", name="Join").click()
+        expect(ann.get_by_text("31 characters are too many")).to_be_visible()
+        self.join(ann, "Ann")
+        box = ann.get_by_label("Post as")
+        box.fill("x" * 2007)
+        box.press("Enter")
+        expect(ann.get_by_text("2007 characters are too many: 1000 is the limit")).to_be_visible()
+        self.assertEqual(box.input_value(), "x" * 2007)
+        self.assertTrue(self.at_end(ann))
+        box.fill("x")
+        expect(ann.get_by_text("too many")).to_have_count(0)
+        ann.evaluate(r"jQuery('#message').val('a\x07b\x1bc\x9fd')")
+        box.press("Enter")
+        self.post(ann, "😀" * 1000)
+        self.assertEqual(bob.said("😀" * 1000), ["a b c d", "😀" * 1000])
+
+    def test_a_line_that_the_server_refuses_is_shown_as_refused(self):
+        ann = self.window("Ann", change=lambda text: text.replace("message: 1000", "message: 2000"))
+        self.post(ann, "refuse me " * 150)
+        expect(ann.locator("#chat li.error", has_text="Not sent: refuse me refuse me")).to_contain_text("1 to 1,000")
+        expect(ann.get_by_text("sending")).to_have_count(0)
+
+    def test_a_reload_remembers_the_nick_and_another_window_does_not(self):
+        ann = self.window("Ann")
+        ann.reload()
+        expect(ann.get_by_label("Nick")).to_have_value("Ann")
+        other = ann.context.new_page()
+        other.goto(ann.url)
+        expect(other.get_by_label("Nick")).not_to_have_value("Ann")
+
+    def test_without_jquery_it_says_so(self):
+        for jquery in b"", JQUERY.read_bytes() + b" ":  # nothing came; not what we asked for, by its integrity
+            page = self.window(jquery=jquery)
+            expect(page.get_by_role("status")).to_contain_text("needs jQuery")
+            self.errors.clear()
+
+
+class ThePageIsGoodToRead(PageTest):
+    CHANGES = "server.PAUSE = 0"
+
+    def test_names_days_links_colours_and_scripts(self):
+        ann, bob, user50, user51 = self.window("Ann"), *map(self.guest, ("Bob", "User50", "User51"))
+        words = "see http://a.example/?b=(c), (https://b.example/d.) or HTTPS://C.EXAMPLE; not javascript:alert(1) or ftp://d"
+        for i, (guest, message) in enumerate([
+                (bob, "one"), (bob, "two  spaces\nand a break"), (user50, "fifty"), (user51, "fifty-one"), (bob, words),
+                (bob, "مرحبا Bob!")]):
+            guest.say(message)
+            expect(ann.locator("#chat li:has(time)")).to_have_count(i + 1)
+        self.post(ann, "own")
+        self.shows(ann, "own")
+
+        expect(ann.locator("#chat b", has_text="Bob").nth(0)).to_be_visible()
+        expect(ann.locator("#chat b", has_text="Bob").nth(1)).to_be_hidden()  # it is said in the line above
+        expect(ann.locator("#chat b", has_text="Bob").nth(2)).to_be_visible()
+        text = ann.evaluate("getSelection().selectAllChildren(jQuery('#chat')[0]), getSelection().toString()")  # a copy
+        self.assertRegex(text, r"Bob \d+:\d\d.*\s+one\s+two  spaces\nand a break\s+User50 \d+:\d\d.*\s+fifty\s+User51 \d")
+        links = ann.locator("#chat a")
+        self.assertEqual([link.get_attribute("href") for link in links.all()],
+                         ["http://a.example/?b=(c", "https://b.example/d", "HTTPS://C.EXAMPLE"])
+        self.assertEqual(self.said(ann)[4], words)
+        for name, value in ("rel", "noreferrer"), ("target", "_blank"):
+            expect(links.first).to_have_attribute(name, value)
+        direction = "document.defaultView.getComputedStyle(jQuery('#chat p:contains(' + %r + ')').last()[0]).direction"
+        self.assertEqual([ann.evaluate(direction % word) for word in ("مرحبا", "fifty")], ["rtl", "ltr"])
+        for scheme in "light", "dark":
+            ann.emulate_media(color_scheme=scheme)
+            hues = [float(ann.locator("b", has_text=nick).evaluate("b => getComputedStyle(b).color").split()[-1].strip(")"))
+                    for nick in ("User50", "User51")]
+            self.assertGreater((hues[0] - hues[1]) % 360, 60)
+            self.assertGreater((hues[1] - hues[0]) % 360, 60)
+
+        time_of_one = ann.locator("#chat time").first
+        self.assertAlmostEqual(datetime.datetime.fromisoformat(time_of_one.get_attribute("datetime")).timestamp(),
+                               time.time(), delta=60)
+        self.assertIn(f"{time.localtime().tm_year}", time_of_one.get_attribute("title"))
+        year = f"{time.localtime().tm_year}"
+        expect(ann.locator("#chat li", has_text=year)).to_have_count(0)
+        tomorrow = self.window("Tom", clock=time.time() + 86400)
+        self.assertRegex(tomorrow.locator("#chat li").nth(0).inner_text() + tomorrow.locator("#chat li").nth(1).inner_text(),
+                         year)
+        expect(tomorrow.locator("#chat li", has_text=year)).to_have_count(1)
+
+    def test_a_reader_gets_away_from_the_end_and_back(self):
+        ann, bob = self.window("Ann", size=(800, 500)), self.guest("Bob")
+        for i in range(60):
+            bob.say(f"line {i}.")
+        expect(ann.locator("#chat li", has_text="line 59.")).to_be_in_viewport(ratio=1)
+        ann.locator("#log").hover()
+        for i in range(60, 66):  # while the room talks on
+            ann.mouse.wheel(0, -40)
+            bob.say(f"line {i}.")
+            self.shows(ann, f"line {i}.")
+        self.assertFalse(self.at_end(ann))
+        expect(ann.get_by_role("button", name=re.compile(r"^[456] new lines"))).to_be_visible()
+        ann.get_by_role("button", name="new lines").click()
+        self.assertTrue(self.at_end(ann))
+        expect(ann.get_by_role("button", name="new line")).to_be_hidden()
+        ann.keyboard.type("the caret is in the box\n")
+        self.shows(ann, "the caret is in the box")
+        ann.evaluate("jQuery('#log').scrollTop(0)")
+        bob.say("one more")
+        expect(ann.get_by_role("button", name="1 new line ")).to_be_visible()
+        self.post(ann, "whoever posts wants to see it")
+        expect(ann.locator("#chat li", has_text="wants to see it")).to_be_in_viewport(ratio=1)
+        ann.set_viewport_size({"width": 800, "height": 250})  # a keyboard comes up
+        expect(ann.locator("#chat li", has_text="wants to see it")).to_be_in_viewport(ratio=1)
+
+    def test_500_rows_stay_and_the_readers_place_too(self):
+        ann, bob = self.window("Ann", size=(800, 500)), self.guest("Bob")
+        for i in range(520):
+            bob.say(f"line {i}.")
+        self.shows(ann, "line 519.")
+        self.assertEqual(ann.locator("#chat li").count(), 500)
+        place = ann.locator("#chat li", has_text="line 300.")
+        place.scroll_into_view_if_needed()
+        top = place.bounding_box()["y"]
+        for i in range(520, 600):
+            bob.say(f"line {i}.")
+        self.shows(ann, "line 599.")
+        self.assertEqual(self.said(ann), [f"line {i}." for i in range(100, 600)])
+        self.assertAlmostEqual(place.bounding_box()["y"], top, delta=3)
+
+    def test_a_burst_is_drawn_little_by_little(self):
+        ann = self.window("Ann")
+        most = ann.evaluate("""() => new Promise(done => {
+            const added = [], list = [];
+            new MutationObserver(records => added.push(records.flatMap(record => [...record.addedNodes]).length))
+                .observe(jQuery('#chat')[0], {childList: true});
+            for (let i = 0; i < 1000; i++) {
+                list.push({type: 'message', id: 'burst' + i, nick: 'Bob', message: 'line ' + i, time: Date.now() / 1000});
+            }
+            ws.onmessage({data: JSON.stringify({type: 'list', data: list})});
+            (function wait() {
+                jQuery('#chat li').last().text().includes('line 999') ? done(Math.max(...added)) : setTimeout(wait, 20);
+            })();
+        })""")
+        self.assertLess(most, 150)
+        self.assertEqual(self.said(ann), [f"line {i}" for i in range(500, 1000)])
+
+    def test_a_hidden_tab_counts_and_keeps_only_what_it_will_show(self):
+        ann, bob = self.window("Ann"), self.guest("Bob")
+        self.shows(ann, "Bob joined")
+        ann.evaluate("""() => {  // as in a hidden tab: no repaint
+            window.due = [];
+            window.requestAnimationFrame = draw => window.due.push(draw);
+            Object.defineProperty(document, 'hidden', {value: true, configurable: true});
+            document.dispatchEvent(new Event('visibilitychange'));
+        }""")
+        for i in range(1200):
+            bob.say(f"line {i}")
+        ann.wait_for_function("() => document.title === '(1200) ScopyChat'", polling=50)
+        self.assertEqual(self.said(ann), [])
+        ann.evaluate("""() => {
+            delete document.hidden;
+            document.dispatchEvent(new Event('visibilitychange'));
+            for (let i = 0; i < window.due.length; i++) { window.due[i](); }
+        }""")
+        self.assertEqual(self.said(ann), [f"line {i}" for i in range(700, 1200)])
+        self.assertEqual(ann.title(), "ScopyChat")
+
+    def test_with_a_screen_reader(self):
+        bob = self.guest("Bob")
+        for i in range(30):
+            bob.say(f"history {i}")
+        bob.until("history 29")
+        ann = self.window()
+        ann.evaluate("""() => {
+            const log = document.querySelector('[role=log]');
+            window.read = [];
+            new MutationObserver(records => records.forEach(record => record.addedNodes.forEach(
+                node => log.ariaLive === 'off' || window.read.push(node.textContent)))).observe(log, {childList: true, subtree: true});
+            window.states = [];
+            new MutationObserver(() => window.states.push(jQuery('[role=status]').text())).observe(
+                document.querySelector('[role=status]'), {childList: true, subtree: true, characterData: true});
+        }""")
+        self.join(ann, "Ann")
+        self.shows(ann, "history 29")
+        ann.wait_for_function("() => document.querySelector('[role=log]').ariaLive === 'polite'")
+        self.post(ann, "my own line")
+        for i in range(30):
+            bob.say(f"busy {i}")
+        guests = [self.guest(f"Guest {i}") for i in range(5)]
+        for guest in guests:
+            guest.socket.close()
+        self.shows(ann, "Guest 4 left")
+        self.shows(ann, "my own line")
+        read = ann.evaluate("window.read")
+        self.assertFalse([text for text in read if "history" in text])
+        self.assertTrue(1 <= len([text for text in read if "my own line" in text]) <= 2)
+        self.assertEqual(ann.evaluate("window.states"), ["Connected"])
+
+    def test_on_small_and_odd_screens_and_axe_finds_nothing(self):
+        page = self.window(size=(320, 568), bypass_csp=True)  # for axe, which is a script
+        page.add_script_tag(path=AXE)
+
+        def check():
+            for scheme in "light", "dark":
+                page.emulate_media(color_scheme=scheme)
+                self.assertEqual(page.evaluate("async () => (await axe.run()).violations.map("
+                                               "v => v.id + ': ' + v.nodes.map(n => n.html).join())"), [])
+
+        check()
+        self.join(page, "W" * 30)
+        bot = self.guest("Bot")
+        bot.say("W" * 99)
+        page.evaluate("ws.send('bad')")
+        expect(page.locator("#chat li.error")).to_be_in_viewport()
+        for i in range(30):  # nicks of every colour
+            self.guest(f"User{i}").say("the last line")
+        expect(page.locator("#chat b")).to_have_count(31)
+        box = page.locator("#log").bounding_box()
+        check()
+        self.proxy.refuses = True
+        self.proxy.cut()
+        self.post(page, "on its way")
+        expect(page.get_by_text("Disconnected:", exact=False).first).to_be_in_viewport()
+        self.assertEqual(page.locator("#log").bounding_box(), box)
+        check()
+        page.emulate_media(forced_colors="active")
+        self.assertNotIn(page.get_by_role("button", name="Post").evaluate("b => getComputedStyle(b).border"), ["0px", "none"])
+        for width, height, lines in (320, 568, 5), (320, 256, 1), (740, 180, 2):  # 256: a desktop's window at 400 %
+            page.set_viewport_size({"width": width, "height": height})
+            self.assertLessEqual(page.evaluate("document.documentElement.scrollWidth"), width)
+            self.assertEqual(page.evaluate("document.documentElement.scrollHeight"), height)
+            for part in page.get_by_label("Post as"), page.get_by_role("button", name="Post"), page.get_by_text("on its way"):
+                expect(part).to_be_in_viewport(ratio=1)
+            seen = page.locator("#log li .text").evaluate_all("""texts => texts.filter(text => {
+                const box = text.getBoundingClientRect(), middle = [(box.left + box.right) / 2, (box.top + box.bottom) / 2];
+                return text.contains(document.elementFromPoint(...middle)); }).length""")
+            self.assertGreaterEqual(seen, lines, (width, height))
+
+
+class ThePageLosesNothing(PageTest):
+    CHANGES = "server.PAUSE = 0"
+
+    def test_what_is_posted_while_the_server_is_away_is_said_in_order_when_it_is_back(self):
+        ann, bob = self.window("Ann"), self.window("Bob")
+        self.post(ann, "before")
+        self.shows(bob, "before")
+        port = self.chat.port
+        self.assertEqual(self.chat.stop(), (0, ""))
+        self.shows(ann, "chat server disconnected: the server stops (1001)")
+        expect(ann.get_by_role("status")).to_contain_text("Next attempt in")
+        self.post(ann, "meanwhile", "and this")
+        expect(ann.get_by_text("sending")).to_have_count(2)
+        self.start(port=port)
+        for page in ann, bob:
+            page.evaluate("window.dispatchEvent(new Event('focus'))")  # somebody looks at it: it tries at once
+        self.post(ann, "and now")
+        for page in ann, bob:
+            self.shows(page, "and now")
+            self.assertEqual(self.said(page), ["before", "meanwhile", "and this", "and now"])
+            expect(page.get_by_text("may be missing")).to_have_count(0)
+        cleo = self.window("Cleo")  # the new server was told again what had been said just before
+        self.shows(cleo, "and now")
+        self.assertEqual(sorted(self.said(cleo)), ["and now", "and this", "before", "meanwhile"])
+
+    def test_a_dead_network_is_noticed_and_given_up_and_when_it_is_back_the_page_is_too(self):
+        ann, bob = self.window("Ann", clock=time.time()), self.guest("Bob")
+        self.proxy.dead = True
+        self.runs(ann, DISCONNECTED, 45)  # it only reads
+        self.post(ann, "can you hear me?")
+        dead = self.proxy.accepted
+        for _ in range(100):
+            if self.proxy.accepted > dead + 1:  # an attempt that meets silence is not the last one
+                break
+            ann.clock.run_for(1000)
+        self.assertGreater(self.proxy.accepted, dead + 1)
+        self.proxy.dead = False
+        self.runs(ann, CONNECTED)
+        self.shows(ann, "can you hear me?")
+        bob.until("can you hear me?")
+        accepted = self.proxy.accepted
+        for ends in list(self.proxy.ends)[:-1]:  # the dead connections end at last
+            self.proxy.cut(ends)
+        bob.say("go on")
+        self.shows(ann, "go on")
+        ann.clock.run_for(5000)
+        self.assertTrue(ann.evaluate(CONNECTED))
+        self.assertEqual((self.said(ann), self.proxy.accepted), (["can you hear me?", "go on"], accepted))
+
+    def test_a_line_is_said_again_with_each_sign_of_life_until_it_comes_back(self):
+        self.chat.stop()
+        self.chat = self.start(changes="server.HEARTBEAT = 0.2", port=self.chat.port)
+        ann, bob = self.window("Ann"), self.guest("Bob")
+        ann.evaluate("ws.send = (send => text => { ws.send = send; })(ws.send.bind(ws))")  # the next line gets lost
+        self.post(ann, "once")
+        self.shows(ann, "once")
+        bob.until("once")
+
+    def test_missed_messages_are_filled_in_or_owned_up_to(self):
+        ann, bob = self.window("Ann"), self.guest("Bob")
+        self.post(ann, "here")
+        bob.until("here")
+        for count, gap in (50, 0), (150, 1):
+            self.proxy.refuses = True
+            self.proxy.cut()
+            ann.wait_for_function(DISCONNECTED)
+            for i in range(count):
+                bob.say(f"{count}-{i}")
+            bob.until(f"{count}-{count - 1}")
+            self.proxy.refuses = False
+            ann.evaluate("window.dispatchEvent(new Event('online'))")
+            self.shows(ann, f"{count}-{count - 1}")
+            expect(ann.get_by_text("messages may be missing here")).to_have_count(gap)
+        self.assertEqual(self.said(ann), ["here", *(f"50-{i}" for i in range(50)), *(f"150-{i}" for i in range(50, 150))])
+
+    def test_nothing_is_lost_or_doubled_on_a_network_that_fails_and_a_server_that_restarts(self):
+        chance = random.Random(20121203)
+        pages = [self.window(nick) for nick in ("Ann", "Bob")]
+        posted = []
+        for i in range(40):
+            posted.append(f"line {i}.")
+            self.post(chance.choice(pages), posted[-1])
+            if chance.random() < 0.3 and self.proxy.ends:
+                self.proxy.cut(chance.choice(self.proxy.ends))
+            if i == 20:
+                self.assertEqual(self.chat.stop(), (0, ""))
+            if i == 28:
+                self.chat = self.start(port=self.chat.port)
+        for page in pages:
+            page.evaluate("window.dispatchEvent(new Event('online'))")
+        for page in pages:
+            expect(page.locator("#chat li:has(time)")).to_have_count(len(posted))
+            expect(page.get_by_text("sending")).to_have_count(0)
+            self.assertEqual(sorted(self.said(page)), sorted(posted))
+
+    def test_pauses_grow_and_shrink_only_after_a_connection_that_has_lasted(self):
+        ann = self.window("Ann", clock=time.time())
+        ann.evaluate("Math.random = () => 0.999")
+
+        def pause():
+            ann.wait_for_function(DISCONNECTED)
+            return int(re.search(r"in (\d+) s", ann.get_by_role("status").inner_text())[1])
+
+        def fails():
+            """Let the next attempt fail, and return the pause after it."""
+            ann.evaluate("jQuery('#status').text('')")
+            accepted = self.proxy.accepted
+            while self.proxy.accepted == accepted:
+                ann.clock.run_for(500)
+            return pause()
+
+        self.proxy.refuses = True
+        self.proxy.cut()
+        self.assertEqual([pause(), fails(), fails()], [1, 2, 4])
+        ann.evaluate("jQuery('#status').text(''), window.dispatchEvent(new Event('focus'))")  # it tries once more
+        self.assertEqual([pause(), *(fails() for _ in range(4))], [4, 8, 16, 30, 30])
+        self.proxy.refuses = False
+        ann.evaluate("window.dispatchEvent(new Event('online'))")
+        ann.wait_for_function(CONNECTED)
+        self.proxy.cut()  # it has not lasted
+        self.assertEqual(pause(), 30)
+        self.chat.stop()
+        self.chat = self.start(changes="server.HEARTBEAT = 0.1", port=self.chat.port)
+        ann.evaluate("window.dispatchEvent(new Event('online'))")
+        ann.wait_for_function(CONNECTED)
+        ann.wait_for_timeout(500)  # some heartbeats
+        self.proxy.cut()
+        self.assertEqual(pause(), 1)
+
+    def test_it_asks_before_a_window_with_an_unsent_line_closes(self):
+        ann, asked = self.window("Ann"), []
+        ann.on("dialog", lambda dialog: (asked.append(dialog.type), dialog.dismiss()))
+        self.proxy.refuses = True
+        self.proxy.cut()
+        self.post(ann, "wait for me")
+        ann.close(run_before_unload=True)
+        ann.wait_for_timeout(200)
+        self.assertEqual((asked, ann.is_closed()), (["beforeunload"], False))
+        self.proxy.refuses = False
+        ann.evaluate("window.dispatchEvent(new Event('online'))")
+        self.shows(ann, "wait for me")
+        with ann.expect_event("close"):
+            ann.close(run_before_unload=True)
+        self.assertEqual(len(asked), 1)
