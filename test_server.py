@@ -48,7 +48,7 @@ except ImportError:
 HERE = pathlib.Path(__file__).resolve().parent
 JQUERY = HERE / ".ci/node_modules/jquery/dist/jquery.min.js"
 AXE = HERE / ".ci/node_modules/axe-core/axe.min.js"
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium-headless-shell", "chromium", "google-chrome"))), None)
 WAIT = 10  # seconds after which something that should come counts as lost
 UNIX = unittest.skipIf(resource is None, "it sends signals, or limits files, as only Unix can")
 
@@ -76,9 +76,9 @@ def new_message(message, nick="Ann", **more):
 class Chat:
     """A server process on a free port: `python server.py`, or Python code that changes a limit and then runs it."""
 
-    def __init__(self, *options, changes=None, port=None, files=None, **more):
+    def __init__(self, *options, changes=None, script=HERE / "server.py", port=None, files=None, **more):
         self.port, self.log_file = port or free_port(), tempfile.TemporaryFile("w+")
-        script = [HERE / "server.py"]
+        script = [script]
         if changes:
             script = ["-c", f"import asyncio, server\n{changes}\nasyncio.run(server.main())"]
         limit = (lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))) if files else None
@@ -896,7 +896,7 @@ class PageTest(ChatTest):
         self.errors = []
         self.addCleanup(lambda: self.assertEqual(self.errors, []))
 
-    def window(self, nick=None, clock=None, change=None, size=None, **options):
+    def window(self, nick=None, clock=None, change=None, size=None, url=None, **options):
         """Return a page, in which this nick has joined.  change is a function of the page's text."""
         context = windows(test=clock and self.id(), **options)
         page = context.new_page()
@@ -909,7 +909,7 @@ class PageTest(ChatTest):
         if change:
             page.route("**/", lambda route: route.fulfill(
                 body=change(route.fetch().text()), content_type="text/html"))
-        page.goto(f"http://localhost:{self.proxy.port}/")
+        page.goto(url or f"http://localhost:{self.proxy.port}/")
         page.evaluate("window.jQuery && new Promise(ready => jQuery(ready))")
         if nick:
             self.join(page, nick)
@@ -1390,3 +1390,142 @@ class ThePageLosesNothing(PageTest):
         with ann.expect_event("close"):
             ann.close(run_before_unload=True)
         self.assertEqual(len(asked), 1)
+
+
+# ---- The README --------------------------------------------------------------------------------------------------------
+
+
+class TheReadme(PageTest):
+    """What it says is so, and what it tells a reader to run, runs.  `.ci/run` runs its first two commands."""
+
+    TEXT = (HERE / "README.md").read_text() if (HERE / "README.md").exists() else ""
+
+    def setUp(self):
+        self.folder = pathlib.Path(tempfile.mkdtemp())
+        self.addCleanup(shutil.rmtree, self.folder)
+
+    def block(self, language, containing):
+        """Return the one code block in this language that contains this."""
+        found = [block for block in re.findall(rf"(?ms)^```{language}\n(.*?)^```$", self.TEXT) if containing in block]
+        self.assertEqual(len(found), 1, f"{language} {containing}")
+        return found[0]
+
+    def spawn(self, *command, port=None, **more):
+        """Start a program; when the test ends, so does the program.  Wait until it listens on a port."""
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, **more)
+        self.addCleanup(process.wait, WAIT)
+        self.addCleanup(process.terminate)
+        for _ in range(WAIT * 50):
+            with contextlib.suppress(OSError):
+                socket.create_connection(("127.0.0.1", port)).close()
+                return process
+            time.sleep(0.02)
+        raise AssertionError(f"{command} does not listen")
+
+    def test_its_two_commands_end_as_they_must(self):
+        self.assertTrue(self.block("sh", "&& python server.py").strip().endswith("&& python server.py"))
+        self.assertTrue(self.block("sh", "unittest").strip().endswith("&& python -m unittest"))
+
+    def test_what_it_points_to_and_quotes_is_there(self):
+        script, page = (HERE / "server.py").read_text(), (HERE / "test.html").read_text()
+        self.assertIn(self.block("python", "def flush").strip(), script)
+        for target in re.findall(r"(?:\]\(|src=\"|srcset=\")([^)#\"]+)", self.TEXT):
+            self.assertTrue("://" in target or (HERE / target).exists(), target)
+        for name in re.findall(r"`([A-Za-z_]{4,})`", self.TEXT.partition("## Beside")[0] + self.TEXT.partition("## Exer")[2]):
+            self.assertRegex(script + page, rf"\b{name}\b")
+
+    def test_the_chat_from_the_command_line(self):
+        need(ClientProtocol, "websockets", "pip install websockets")
+        command, *shown = self.block("console", "-m websockets").splitlines()
+        chat = self.start()
+        command = [sys.executable, *command.replace("8888", str(chat.port)).split()[1:]]
+        typed = "".join(line[2:] + "\n" for line in shown if line.startswith("> "))
+        printed = []
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as client:
+            for line in shown:
+                if line.startswith("> "):
+                    client.stdin.write(line[2:] + "\n")
+                    client.stdin.flush()
+                    continue
+                text = ""
+                while not text:  # it moves the cursor about
+                    text = re.sub(r"\x1b[78]|\x1b\[\w|[\r\n>]", "", client.stdout.readline() or self.fail(printed)).strip()
+                printed.append(text)
+            client.communicate()
+        blurred = [[re.sub(r'"time": [\d.]+|"id": "[^"]+"|:\d+/chat', "", line) for line in lines]
+                   for lines in (printed, [line for line in shown if not line.startswith("> ")])]
+        self.assertTrue(typed)
+        self.assertEqual(*blurred)
+
+    def test_behind_a_proxy_with_tls(self):
+        need(shutil.which("caddy"), "Caddy", "install your system's package, on Debian `apt-get install caddy`")
+        super().setUp()
+        port = free_port()
+        config = self.block("caddyfile", "reverse_proxy").replace("chat.example.com", f"localhost:{port}")
+        config = config.replace("8888", str(self.chat.port)).replace("{", "{\n\ttls internal", 1)
+        (self.folder / "Caddyfile").write_text(
+            "{\n\tadmin off\n\tskip_install_trust\n\tauto_https disable_redirects\n}\n" + config)
+        self.spawn("caddy", "run", "--config", self.folder / "Caddyfile", port=port,
+                   env={**os.environ, "XDG_DATA_HOME": str(self.folder), "XDG_CONFIG_HOME": str(self.folder)})
+        bob = self.guest("Bob")
+        ann = self.window("Ann", url=f"https://localhost:{port}/", ignore_https_errors=True)
+        self.post(ann, "through the proxy")
+        bob.until("through the proxy")
+        self.assertEqual(ann.evaluate("ws.url"), f"wss://localhost:{port}/chat")
+
+    def test_one_room_in_two_processes(self):
+        need(ClientProtocol, "websockets", "pip install websockets")
+        need(shutil.which("redis-server"), "Redis", "install your system's package, on Debian `apt-get install redis-server`")
+        need(importlib.util.find_spec("redis"), "redis for Python", "pip install redis")
+        recipe, port = self.block("python", "import server"), free_port()
+        self.assertLessEqual(len(recipe.splitlines()), 40)
+        (self.folder / "scale.py").write_text(recipe)
+
+        def start_redis():
+            return self.spawn("redis-server", "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "yes",
+                              "--appendfsync", "always", port=port, cwd=self.folder)
+
+        def start():
+            chats = [self.start(script=self.folder / "scale.py", env={
+                **os.environ, "REDIS_URL": f"redis://localhost:{port}", "PYTHONPATH": str(HERE)}) for _ in range(2)]
+            return chats, [self.guest(nick, chat) for chat, nick in zip(chats, ("Ann", "Bob"), strict=True)]
+
+        redis, (chats, (ann, bob)) = start_redis(), start()
+        ann.until("Bob joined")
+        for i in range(20):
+            ann.say(f"a{i}", id=f"a{i}")
+            bob.say(f"b{i}", id=f"b{i}")
+        for guest in ann, bob:
+            guest.say("twice", id="twice")
+        ann.say("the end")
+        said = ann.said("the end")
+        self.assertEqual(bob.said("the end")[-len(said):], said)
+        self.assertEqual(sorted(said), sorted([f"{who}{i}" for who in "ab" for i in range(20)] + ["twice", "the end"]))
+
+        redis.terminate()
+        redis.wait()
+        ann.say("in vain", id="in vain")
+        redis = start_redis()
+        bob.socket.settimeout(0.2)
+        heard = []
+        while "in vain" not in heard:  # as a page says it, again and again
+            ann.say("in vain", id="in vain")
+            with contextlib.suppress(TimeoutError):
+                heard += bob.said("in vain")
+        for guest, chat in zip((ann, bob), chats, strict=True):
+            guest.vanish()
+            self.assertEqual(chat.stop(), (0, ""))
+        chats, guests = start()
+        for guest, chat in zip(guests, chats, strict=True):
+            guest.vanish()
+            history = []
+            while "in vain" not in history:  # it is still reading the stream
+                newcomer = self.guest(chat=chat)
+                history = [line["message"] for line in newcomer.frame()["data"]]
+                newcomer.vanish()
+            self.assertEqual(history, [*said, "in vain"])
+            self.assertEqual(chat.stop(), (0, ""))
+
+
+if __name__ == "__main__":
+    unittest.main()
