@@ -17,11 +17,14 @@ Both sides send text, and each text is a JSON object:
     a client    {"type": "join", "nick": ...}            once, at the start; the post's page never does
                 {"type": "new_message", "nick": ..., "message": ..., "id": ...}
     the server  {"type": "message", "id": ..., "nick": ..., "message": ..., "time": ...}
-                    somebody said this.  Without id and nick it is a notice, such as "Ann joined".
-                {"type": "list", "data": [...], "online": ...}
-                    at the start, the history, and how many are online; later, several messages at
-                    once; or, every 10 seconds, nothing: a sign of life
-                {"type": "error", "message": ...}        to one client: what was wrong with its text
+                    somebody said this
+                {"type": "message", "message": "Ann joined", "time": ..., "online": 3}
+                    a notice, and how many are online now
+                {"type": "list", "data": [...], "online": 3}
+                    at the start, the history; after that, every 10 seconds, an empty list: a sign of
+                    life.  Without online: several of the two above at once
+                {"type": "error", "message": ..., "id": ...}
+                    to one client: what was wrong with its text, and the id in it, if there was one
 """
 import argparse
 import asyncio
@@ -35,7 +38,7 @@ import struct
 import sys
 import time
 
-from tornado import gen, httpserver, ioloop, iostream, web, websocket
+from tornado import httpserver, ioloop, iostream, web, websocket
 
 LENGTHS = {"nick": 30, "message": 1000, "id": 64}  # each has at least 1 character, and at most so many
 HISTORY = 100  # the last messages, which a newcomer is shown
@@ -50,8 +53,8 @@ class MainHandler(web.RequestHandler):
     """Answers GET / with the page.  That is plain HTTP; the page then opens the WebSocket."""
 
     def get(self):
-        # test.html is a template: Tornado puts these values in where it has {{ nonce }} and so on.  That
-        # the server makes up a nick is from the post's other version of the chat, on CherryPy.
+        # test.html is a template: where it has {{ nonce }}, Tornado puts in the value of nonce.  The nonce
+        # is explained there.  guest is a nick to start with, as in the post's second version, on CherryPy.
         self.render("test.html", nonce=secrets.token_urlsafe(), guest=f"User{random.randint(0, 100)}",
                     lengths=LENGTHS, history=HISTORY)
 
@@ -81,23 +84,25 @@ class WSHandler(websocket.WebSocketHandler):
         # Post: type='message'.  Its page took the list for one message, and showed "undefined".
         await self.write_json(type="list", data=list(messages.values()), online=len(connections))
 
-    def on_message(self, data):
+    async def on_message(self, data):
         # Post: sent on whatever came.  checked returns nothing but the fields that a message should have.
         try:
             data = checked(data, self.nick)
             if data["type"] == "error":
-                asyncio.ensure_future(self.write_json(**data))  # and do not wait
+                await self.write_json(**data)
             elif data["type"] == "join":
                 self.nick = data["nick"]
                 broadcast(type="message", message=f"{self.nick} joined", online=len(connections))
             else:
                 broadcast(**data)
-        except Exception:  # a mistake in this script: log it, but do not let Tornado close the connection
+            # Tornado reads this client's next text when on_message has returned.  What the client sends
+            # until then waits in TCP's buffers; when they are full, the client itself has to wait.  This
+            # is backpressure: a client that floods the room slows down nobody but itself.
+            await asyncio.sleep(PAUSE)
+        except asyncio.CancelledError:
+            pass  # the server stops
+        except Exception:  # If you change this code and it fails, Tornado would close the connection.
             self.log_exception(*sys.exc_info())
-        # Tornado waits for what on_message returns, and then reads this client's next text.  What the
-        # client sends until then waits in TCP's buffers, and when they are full, the client itself has
-        # to wait.  This is backpressure: a client that floods the room slows down nobody but itself.
-        return gen.sleep(PAUSE)
 
     def on_close(self):
         connections.discard(self)
@@ -113,11 +118,11 @@ class WSHandler(websocket.WebSocketHandler):
 # of their messages to each of them: a million frames, and each is a call to the operating system.
 #
 # So broadcast does not send.  It puts the message into the outbox.  A moment later, flush sends all that
-# is in there to each client, as one frame: 1,000 frames, with the same million messages in them.
+# is in there to each client, as one frame.  That is 1,000 frames, each with 1,000 messages in it.
 #
 # The moment is one turn of the event loop.  Tornado runs in a single thread, which goes round and
-# round: ask the operating system what has arrived, call the handlers for all of it, ask again.  So
-# what arrived together leaves together, and a lone message leaves at once.
+# round: ask the operating system what has arrived, call the handlers for all of it, call flush, ask
+# again.  So what arrived together leaves together, and a lone message leaves at once.
 
 
 def broadcast(**said):
@@ -131,11 +136,11 @@ def flush():
     """Send all that is in the outbox to every client, as one frame."""
     news = []
     for said in outbox:
-        if "id" not in said:
-            news.append(said)  # a notice; the history does not keep it
-        elif said["id"] not in messages:  # a known id: a page has sent its message again, to be sure
-            news.append(said)
+        if "id" in said:  # a notice has none, and the history does not keep it
+            if said["id"] in messages:
+                continue  # a page was not sure whether its message had come, and has sent it again
             messages[said["id"]] = said
+        news.append(said)
     outbox.clear()
     while len(messages) > HISTORY:
         del messages[next(iter(messages))]  # the oldest
@@ -143,7 +148,7 @@ def flush():
         text = json.dumps(news[0] if len(news) == 1 else {"type": "list", "data": news})
         data = frame(text)
         for con in connections:
-            send(con, data)  # what con.write_message(text) does, but faster; see below
+            send(con, data)  # what con.write_message(text) does, but faster: see "One frame for everybody"
 
 
 HEARTBEAT = 10  # seconds
@@ -228,9 +233,9 @@ def field(data, name):
 
 # ---- One frame for everybody --------------------------------------------------------------------
 #
-# In flush, con.write_message(text) would do.  But it makes a new frame for each client, and starts a
-# task that waits until the frame is sent.  To make the frame once, and to write it straight to each
-# client's TCP connection, takes a third of the time.  In a crowd, that is nearly all of the time.
+# In flush, con.write_message(text) would do.  But it makes a new frame for each client, and a task that
+# waits until it is sent.  Here the frame is made once, and written straight to each client's TCP
+# connection.  That takes a third of the time.
 
 
 def frame(text):
@@ -252,26 +257,26 @@ MAX_UNREAD = 4 * 1024 * 1024  # bytes that may wait for a client which does not 
 def send(con, data):
     """Send a frame to one client, and do not wait.  What TCP does not take now, Tornado sends later.
 
-    This never calls on_close, not even where it closes the connection: Tornado does that in a later
-    turn of the event loop.  So flush can go through connections meanwhile.
+    This may close the connection, but it never calls on_close: Tornado does that in a later turn of
+    the event loop.  So connections does not change while flush goes through it.
     """
     if con.ws_connection is None or con.ws_connection.is_closing():
         return  # after its close frame a side may send nothing more
-    # The stream is Tornado's end of the TCP connection.  Its methods are documented, and used here as
-    # the documentation says.  That it is found at ws_connection.stream is not documented.
+    # The stream is Tornado's end of the TCP connection.  Tornado documents the methods that are used
+    # here, but not the way to it, con.ws_connection.stream.
     stream = con.ws_connection.stream
-    behind = stream.writing()  # an earlier frame is still waiting; this one must queue up after it
+    behind = stream.writing()  # an earlier frame is still waiting; this one must queue up behind it
     if not behind:
-        with contextlib.suppress(OSError):  # TCP's buffer is full, or the client is gone: see below
-            data = data[stream.write_to_fd(memoryview(data)):]  # the rest, which TCP did not take
+        with contextlib.suppress(OSError):  # TCP takes nothing now, or the client is gone
+            data = data[stream.write_to_fd(memoryview(data)):]  # what is left, after what TCP took
     if data:
-        # A client that was not behind may get a frame of any size.  The limit is for this write alone:
-        # Tornado's own writes, of a ping or a close frame, do not expect one.
+        # Leave the rest to Tornado.  If too much waits for a client already, it does not read, and is
+        # cut off.  The limit is set for this write alone, as Tornado's own, of a ping, must not fail.
         stream.max_write_buffer_size = MAX_UNREAD if behind else None
         try:
-            stream.write(data)  # if the client is gone, this closes the stream
+            stream.write(data)
         except iostream.StreamBufferFullError:
-            stream.close()  # the client does not read
+            stream.close()
         stream.max_write_buffer_size = None
 
 
@@ -279,18 +284,19 @@ def send(con, data):
 
 # Each connection is an open file of this process.  The system allows so many (see `ulimit -n`).
 MAX_FILES = os.sysconf("SC_OPEN_MAX") if hasattr(os, "sysconf") else -1  # -1: no limit is known
+SPARE = 16  # files for all else, such as reading test.html
 
 
 class LimitedHTTPServer(httpserver.HTTPServer):
     """Tornado's HTTP server, which here refuses a client when nearly all files are open.
 
-    Without this, the system would refuse to open the connection and keep it waiting.  Tornado would
-    try again at once, without end, and write a line into its log each time.
+    Without this, the system would not let Tornado accept the client, and leave it at the door.
+    Tornado would try again at once, in an endless loop, and log each failure.
     """
 
-    def handle_stream(self, stream, address):
+    def handle_stream(self, stream, address):  # Tornado calls this for each new connection
         # The system gives an open file the lowest free number.  A high number: few are left.
-        if MAX_FILES < 0 or stream.socket.fileno() < MAX_FILES - 16:
+        if MAX_FILES < 0 or stream.socket.fileno() < MAX_FILES - SPARE:
             return super().handle_stream(stream, address)
         stream.write(b"HTTP/1.1 503 Service Unavailable\r\nConnection: close\r\n"
                      b"Content-Length: 33\r\n\r\nThe room is full. Try again soon.")
@@ -319,7 +325,7 @@ async def goodbye():
     flush()
     deadline = time.monotonic() + GOODBYE
     while connections and time.monotonic() < deadline:
-        for con in connections:  # in each round: a client that was in its handshake may come in now
+        for con in connections:  # again and again, as one that was in its handshake may have come in
             con.close(1001, "the server stops")  # when the client has answered, Tornado calls on_close
         await asyncio.sleep(0.05)
 
