@@ -11,6 +11,7 @@ The post's pieces stand here in its order, under its names.  A comment that star
 what the post had in that place, and why it changed.
 
 The path of a message:  a browser -> on_message -> broadcast -> flush -> send -> every browser
+(on_message has it checked, and flush makes it a frame.)
 
 Both sides send text, and each text is a JSON object:
 
@@ -40,7 +41,7 @@ import time
 
 from tornado import httpserver, ioloop, iostream, web, websocket
 
-LENGTHS = {"nick": 30, "message": 1000, "id": 64}  # each has at least 1 character, and at most so many
+LENGTHS = {"nick": 30, "message": 1000, "id": 64}  # the most characters of each; the least is 1
 HISTORY = 100  # the last messages, which a newcomer is shown
 PAUSE = 0.02   # seconds that a client must wait after each text before we read its next one
 
@@ -85,7 +86,8 @@ class WSHandler(websocket.WebSocketHandler):
         await self.write_json(type="list", data=list(messages.values()), online=len(connections))
 
     async def on_message(self, data):
-        # Post: sent on whatever came.  checked returns nothing but the fields that a message should have.
+        # Post: sent on whatever came.  Here checked turns the text into a dictionary that has a type, and only
+        # such fields as belong to it.  If the text breaks a rule, that type is "error".
         try:
             data = checked(data, self.nick)
             if data["type"] == "error":
@@ -170,8 +172,8 @@ application = web.Application(
         (r"/chat", WSHandler),  # WebSocket server
     ],
     template_whitespace="all",  # send the page as it stands in the file, with its indentation
-    websocket_max_message_size=16 * 1024,  # bytes: JSON may take 12 for one character (\ud83d\ude00)
-    websocket_ping_interval=20,  # seconds; a client that has not answered by the next ping is closed
+    websocket_max_message_size=16 * 1024,  # bytes.  In JSON one emoji may take 12: \ud83d\ude00
+    websocket_ping_interval=20,  # seconds.  A client that has not answered by the next ping is closed.
 )
 
 
@@ -305,8 +307,8 @@ class LimitedHTTPServer(httpserver.HTTPServer):
 
 # ---- Start and stop -----------------------------------------------------------------------------
 
-TIMEOUT = 20  # seconds for an HTTP request; else one that never ends would hold its file for ever
-GOODBYE = 2   # seconds for all clients to leave
+TIMEOUT = 20  # seconds until an HTTP request must be complete; else its connection is closed
+GOODBYE = 2   # seconds until all clients must have left; else the server stops all the same
 
 
 def stop_signal():
