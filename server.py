@@ -11,7 +11,6 @@ The post's pieces stand here in its order, under its names.  A comment that star
 what the post had in that place, and why it changed.
 
 The path of a message:  a browser -> on_message -> broadcast -> flush -> send -> every browser
-(on_message has it checked, and flush makes it a frame.)
 
 Both sides send text, and each text is a JSON object:
 
@@ -21,9 +20,9 @@ Both sides send text, and each text is a JSON object:
                     somebody said this
                 {"type": "message", "message": "Ann joined", "time": ..., "online": 3}
                     a notice, and how many are online now
-                {"type": "list", "data": [...], "online": 3}
-                    at the start, the history; after that, every 10 seconds, an empty list: a sign of
-                    life.  Without online: several of the two above at once
+                {"type": "list", "data": [...], "online": 3}    first of all, the history
+                {"type": "list", "data": [], "online": 3}       every 10 seconds: a sign of life
+                {"type": "list", "data": [...]}                 several messages and notices at once
                 {"type": "error", "message": ..., "id": ...}
                     to one client: what was wrong with its text, and the id in it, if there was one
 """
@@ -102,8 +101,8 @@ class WSHandler(websocket.WebSocketHandler):
             # is backpressure: a client that floods the room slows down nobody but itself.
             await asyncio.sleep(PAUSE)
         except asyncio.CancelledError:
-            pass  # the server stops
-        except Exception:  # If you change this code and it fails, Tornado would close the connection.
+            pass  # when the server stops, asyncio.run cancels whatever still waits
+        except Exception:  # a mistake in this script: log it.  Tornado would also close the connection.
             self.log_exception(*sys.exc_info())
 
     def on_close(self):
@@ -123,13 +122,13 @@ class WSHandler(websocket.WebSocketHandler):
 # is in there to each client, as one frame.  That is 1,000 frames, each with 1,000 messages in it.
 #
 # The moment is one turn of the event loop.  Tornado runs in a single thread, which goes round and
-# round: ask the operating system what has arrived, call the handlers for all of it, call flush, ask
-# again.  So what arrived together leaves together, and a lone message leaves at once.
+# round: ask the operating system what has arrived, call the handlers for all of it, then whatever
+# call_soon was given.  So what arrived together leaves together, and a lone message leaves at once.
 
 
 def broadcast(**said):
     """Say something to everybody, at the next turn of the event loop."""
-    if not outbox:
+    if not outbox:  # else flush is on its way already
         asyncio.get_running_loop().call_soon(flush)
     outbox.append({"time": round(time.time(), 2), **said})
 
@@ -172,7 +171,7 @@ application = web.Application(
         (r"/chat", WSHandler),  # WebSocket server
     ],
     template_whitespace="all",  # send the page as it stands in the file, with its indentation
-    websocket_max_message_size=16 * 1024,  # bytes.  In JSON one emoji may take 12: \ud83d\ude00
+    websocket_max_message_size=16 * 1024,  # bytes: 1,000 emoji, each 12 bytes (\ud83d\ude00), and more
     websocket_ping_interval=20,  # seconds.  A client that has not answered by the next ping is closed.
 )
 
@@ -264,16 +263,16 @@ def send(con, data):
     """
     if con.ws_connection is None or con.ws_connection.is_closing():
         return  # after its close frame a side may send nothing more
-    # The stream is Tornado's end of the TCP connection.  Tornado documents the methods that are used
-    # here, but not the way to it, con.ws_connection.stream.
+    # The stream is Tornado's end of the TCP connection.  Tornado documents what a stream can do, but not
+    # that it is found here.  If a later Tornado moves it, put con.write_message(text) into flush.
     stream = con.ws_connection.stream
     behind = stream.writing()  # an earlier frame is still waiting; this one must queue up behind it
     if not behind:
         with contextlib.suppress(OSError):  # TCP takes nothing now, or the client is gone
             data = data[stream.write_to_fd(memoryview(data)):]  # what is left, after what TCP took
     if data:
-        # Leave the rest to Tornado.  If too much waits for a client already, it does not read, and is
-        # cut off.  The limit is set for this write alone, as Tornado's own, of a ping, must not fail.
+        # Leave the rest to Tornado.  If too much is waiting for a client, it does not read, and is cut
+        # off.  The limit holds for this write alone: a ping that Tornado sends must not fail by it.
         stream.max_write_buffer_size = MAX_UNREAD if behind else None
         try:
             stream.write(data)
@@ -292,12 +291,12 @@ SPARE = 16  # files for all else, such as reading test.html
 class LimitedHTTPServer(httpserver.HTTPServer):
     """Tornado's HTTP server, which here refuses a client when nearly all files are open.
 
-    Without this, the system would not let Tornado accept the client, and leave it at the door.
-    Tornado would try again at once, in an endless loop, and log each failure.
+    Without this, Tornado could not accept the client.  It would try again at once, in an endless loop,
+    and log each failure.
     """
 
     def handle_stream(self, stream, address):  # Tornado calls this for each new connection
-        # The system gives an open file the lowest free number.  A high number: few are left.
+        # Open files have numbers, and a new one gets the lowest that is free.  If that is high, few are left.
         if MAX_FILES < 0 or stream.socket.fileno() < MAX_FILES - SPARE:
             return super().handle_stream(stream, address)
         stream.write(b"HTTP/1.1 503 Service Unavailable\r\nConnection: close\r\n"
@@ -327,7 +326,7 @@ async def goodbye():
     flush()
     deadline = time.monotonic() + GOODBYE
     while connections and time.monotonic() < deadline:
-        for con in connections:  # again and again, as one that was in its handshake may have come in
+        for con in connections:  # in each round, for those whose handshake has just ended
             con.close(1001, "the server stops")  # when the client has answered, Tornado calls on_close
         await asyncio.sleep(0.05)
 
