@@ -14,7 +14,7 @@ The path of a message:  a browser -> on_message -> broadcast -> flush -> send ->
 
 Both sides send text, and each text is a JSON object:
 
-    a client    {"type": "join", "nick": ...}            once, at the start; the post's page never does
+    a client    {"type": "join", "nick": ...}            once, at the start (the post's page does not)
                 {"type": "new_message", "nick": ..., "message": ..., "id": ...}
     the server  {"type": "message", "id": ..., "nick": ..., "message": ..., "time": ...}
                     somebody said this
@@ -101,7 +101,7 @@ class WSHandler(websocket.WebSocketHandler):
             # is backpressure: a client that floods the room slows down nobody but itself.
             await asyncio.sleep(PAUSE)
         except asyncio.CancelledError:
-            pass  # when the server stops, asyncio.run cancels whatever still waits
+            pass  # The server stops, and cancels whatever waits.  Tornado would log that as an error.
         except Exception:  # a mistake in this script: log it.  Tornado would also close the connection.
             self.log_exception(*sys.exc_info())
 
@@ -127,7 +127,7 @@ class WSHandler(websocket.WebSocketHandler):
 
 
 def broadcast(**said):
-    """Say something to everybody, at the next turn of the event loop."""
+    """Say something to everybody, a moment later."""
     if not outbox:  # else flush is on its way already
         asyncio.get_running_loop().call_soon(flush)
     outbox.append({"time": round(time.time(), 2), **said})
@@ -149,7 +149,7 @@ def flush():
         text = json.dumps(news[0] if len(news) == 1 else {"type": "list", "data": news})
         data = frame(text)
         for con in connections:
-            send(con, data)  # what con.write_message(text) does, but faster: see "One frame for everybody"
+            send(con, data)  # like con.write_message(text), but faster: see "One frame for everybody"
 
 
 HEARTBEAT = 10  # seconds
@@ -171,7 +171,7 @@ application = web.Application(
         (r"/chat", WSHandler),  # WebSocket server
     ],
     template_whitespace="all",  # send the page as it stands in the file, with its indentation
-    websocket_max_message_size=16 * 1024,  # bytes: 1,000 emoji, each 12 bytes (\ud83d\ude00), and more
+    websocket_max_message_size=16 * 1024,  # bytes.  In JSON, an emoji may be spelled in 12: \ud83d\ude00
     websocket_ping_interval=20,  # seconds.  A client that has not answered by the next ping is closed.
 )
 
@@ -234,9 +234,9 @@ def field(data, name):
 
 # ---- One frame for everybody --------------------------------------------------------------------
 #
-# In flush, con.write_message(text) would do.  But it makes a new frame for each client, and a task that
-# waits until it is sent.  Here the frame is made once, and written straight to each client's TCP
-# connection.  That takes a third of the time.
+# In flush, con.write_message(text) would do (in a try, for it fails if a client is just leaving).  But it
+# makes a new frame for each client, and a task that waits until it is sent.  Here the frame is made
+# once, and written straight to each client's TCP connection.  That takes a third of the time.
 
 
 def frame(text):
@@ -264,14 +264,14 @@ def send(con, data):
     if con.ws_connection is None or con.ws_connection.is_closing():
         return  # after its close frame a side may send nothing more
     # The stream is Tornado's end of the TCP connection.  Tornado documents what a stream can do, but not
-    # that it is found here.  If a later Tornado moves it, put con.write_message(text) into flush.
+    # that it is found here.  If a later Tornado moves it, use con.write_message(text) instead of send.
     stream = con.ws_connection.stream
     behind = stream.writing()  # an earlier frame is still waiting; this one must queue up behind it
     if not behind:
         with contextlib.suppress(OSError):  # TCP takes nothing now, or the client is gone
             data = data[stream.write_to_fd(memoryview(data)):]  # what is left, after what TCP took
     if data:
-        # Leave the rest to Tornado.  If too much is waiting for a client, it does not read, and is cut
+        # Leave the rest to Tornado.  A client that lets more than MAX_UNREAD wait does not read, and is cut
         # off.  The limit holds for this write alone: a ping that Tornado sends must not fail by it.
         stream.max_write_buffer_size = MAX_UNREAD if behind else None
         try:
@@ -296,7 +296,7 @@ class LimitedHTTPServer(httpserver.HTTPServer):
     """
 
     def handle_stream(self, stream, address):  # Tornado calls this for each new connection
-        # Open files have numbers, and a new one gets the lowest that is free.  If that is high, few are left.
+        # The system numbers open files, and a new one gets the lowest number that is free.
         if MAX_FILES < 0 or stream.socket.fileno() < MAX_FILES - SPARE:
             return super().handle_stream(stream, address)
         stream.write(b"HTTP/1.1 503 Service Unavailable\r\nConnection: close\r\n"
@@ -326,7 +326,7 @@ async def goodbye():
     flush()
     deadline = time.monotonic() + GOODBYE
     while connections and time.monotonic() < deadline:
-        for con in connections:  # in each round, for those whose handshake has just ended
+        for con in connections:  # in each round, as one whose handshake ends now comes in, too
             con.close(1001, "the server stops")  # when the client has answered, Tornado calls on_close
         await asyncio.sleep(0.05)
 

@@ -83,8 +83,12 @@ class Chat:
         self.process = subprocess.Popen(
             [sys.executable, *script, f"--port={self.port}", *options], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
             stderr=self.log_file, text=True, preexec_fn=limit, **{"cwd": HERE, **more})
-        self.greeting = self.process.stdout.readline()
         self.url = f"http://localhost:{self.port}/"
+
+    @functools.cached_property
+    def greeting(self):
+        """Its first line, which it prints when it is ready."""
+        return self.process.stdout.readline()
 
     def log(self):
         self.log_file.seek(0)
@@ -235,14 +239,25 @@ class Guest:
 class ChatTest(unittest.TestCase):
     """A test with a server of its own, which in the end must stop well, and with an empty log."""
 
-    CHANGES = FILES = None
+    CHANGES = FILES = spare = None
 
     def setUp(self):
         need(ClientProtocol, "websockets", "pip install websockets")
-        self.chat = self.start(changes=self.CHANGES, files=self.FILES)
+        cls = type(self)
+        self.chat = self.use(cls.spare or Chat(changes=self.CHANGES, files=self.FILES))
+        cls.spare = Chat(changes=self.CHANGES, files=self.FILES)  # for the next test; it starts while this one runs
+
+    @classmethod
+    def tearDownClass(cls):
+        if cls.spare:
+            cls.spare.stop(signal.SIGTERM if resource is None else signal.SIGKILL)
 
     def start(self, *options, **more):
-        chat = Chat(*options, **more)
+        return self.use(Chat(*options, **more))
+
+    def use(self, chat):
+        """Wait until a server is ready; when the test has ended, stop it."""
+        self.assertIsNotNone(chat.greeting)
         self.addClassCleanup(lambda: self.assertIn(chat.stop(None), [(0, ""), None]))  # looked at when it has had time
         self.addCleanup(chat.process.terminate)
         return chat
@@ -579,10 +594,10 @@ server.application.settings.update(websocket_max_message_size=70_000, websocket_
         deaf, slow, ann = self.guest("Deaf", slow=True), self.guest(slow=True), self.guest("Ann")
         memory, lines = self.chat.memory("VmHWM"), []
         while "Deaf left" not in lines and len(lines) < 500:
-            ann.say("x" * 60_000)
+            ann.say(f"{len(lines)}" + "x" * 59_000)
             lines.append(ann.line()["message"])
-            if len(lines) < 60:
-                slow.line()
+            if len(lines) % 20 == 0:  # it has been far behind
+                self.assertEqual([line["message"] for line in slow.messages(20)], lines[-20:])
         self.assertIn("Deaf left", lines)
         self.assertGreater(len(lines), 4 * 1024 * 1024 // 60_000)  # 4 MiB may wait for it
         self.assertLess(self.chat.memory("VmHWM") - memory, 40)
@@ -766,6 +781,7 @@ class WhatAReaderBreaksShows(ChatTest):
     def broken(self, changes):
         self.chat.stop(signal.SIGKILL)
         self.chat = Chat(changes=f"def broken(*args, **kwargs):\n    raise TypeError('a mistake')\n{changes}")
+        self.assertTrue(self.chat.greeting)
         self.addCleanup(self.chat.stop, signal.SIGKILL)
 
     def logged(self, count=1):
