@@ -622,6 +622,21 @@ server.application.settings.update(websocket_max_message_size=70_000, websocket_
             rounds += 1
         deaf.vanish()
 
+    @UNIX
+    def test_a_frame_that_waits_for_many_is_in_memory_once(self):
+        ann, deaf = self.guest("Ann"), [self.guest(slow=True) for _ in range(60)]
+        memory = self.chat.memory("VmHWM")
+        with self.chat.frozen():
+            for guest in deaf:
+                threading.Thread(target=guest.say, args=["x" * 60_000], daemon=True).start()
+            time.sleep(0.2)
+        ann.messages(60)
+        ann.say("and all the others have been sent it")
+        ann.until("and all the others have been sent it")
+        self.assertLess(self.chat.memory("VmHWM") - memory, 100)  # 60 times 3.6 MB would be more
+        for guest in deaf:
+            guest.vanish()
+
     def test_one_that_answers_no_ping_is_closed(self):
         self.assertEqual(server.application.settings["websocket_ping_interval"], 20)  # here it is less
         ann, silent = self.guest("Ann"), self.guest("Silent")
@@ -644,6 +659,14 @@ class ASignOfLife(ChatTest):
         ann = self.guest()
         for _ in range(3):
             self.assertEqual(json.loads(ann.text()), {"type": "list", "data": [], "online": 1})
+
+
+    def test_a_flooder_that_vanishes_is_gone_although_much_of_its_flood_was_not_read(self):
+        ann, flooder = self.guest("Ann"), self.guest("Flooder")
+        flooder.raw(frame("") * 5000)  # 20 ms for each would be 100 seconds
+        time.sleep(0.1)
+        flooder.vanish()
+        ann.until("Flooder left")
 
 
 class ManyAtTheDoor(ChatTest):
@@ -726,7 +749,7 @@ class ItStartsAndStops(ChatTest):
             chat = self.start(changes="server.HEARTBEAT = 0.01; server.MAX_UNREAD = 10_000; server.GOODBYE = 0.5")
             anns = [self.guest(f"Ann {i}", chat) for i in range(20)]
             for _ in range(3 if deaf else 0):  # they flood, and read nothing
-                flood = frame(json.dumps(new_message("flood"))) * 20000
+                flood = (frame(json.dumps(new_message("flood"))) + frame("bad")) * 10000
                 threading.Thread(target=self.guest(chat=chat, slow=True).raw, args=[flood], daemon=True).start()
             for request in b"", b"GET /chat HTTP/1.1\r\n":
                 silent = socket.create_connection(("127.0.0.1", chat.port))
