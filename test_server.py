@@ -244,9 +244,13 @@ class ChatTest(unittest.TestCase):
 
     def setUp(self):
         need(ClientProtocol, "websockets", "pip install websockets")
+
+    @functools.cached_property
+    def chat(self):
         cls = type(self)
-        self.chat = self.use(cls.spare or Chat(changes=self.CHANGES, files=self.FILES))
+        chat = cls.spare or Chat(changes=self.CHANGES, files=self.FILES)
         cls.spare = Chat(changes=self.CHANGES, files=self.FILES)  # for the next test; it starts while this one runs
+        return self.use(chat)
 
     @classmethod
     def tearDownClass(cls):
@@ -569,7 +573,7 @@ class OneCannotHurtTheOthers(ChatTest):
     @unittest.skipUnless(os.path.exists("/proc/self/status"), "it looks into /proc, which only Linux has")
     def test_memory_and_files_are_free_again_when_many_have_left(self):
         def come_and_go():
-            for _ in range(4):
+            for _ in range(3):
                 crowd = [self.guest() for _ in range(30)]
                 for guest in crowd:
                     guest.say("😀" * 1000)
@@ -582,7 +586,6 @@ class OneCannotHurtTheOthers(ChatTest):
         files = self.chat.files()
         come_and_go()
         memory = self.chat.memory()
-        come_and_go()
         come_and_go()
         self.assertLess(self.chat.memory() - memory, 10)
         self.assertLessEqual(self.chat.files(), files + 5)
@@ -696,11 +699,14 @@ class ManyAtTheDoor(ChatTest):
         room[0].until("in")
 
     def test_a_request_that_never_ends_does_not_stay_open(self):
+        strangers = []
         for request in b"", b"GET / HTTP/1.1\r\nHost: a\r\n", b"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n":
-            with socket.create_connection(("127.0.0.1", self.chat.port), WAIT) as stranger:
-                stranger.sendall(request)
-                while stranger.recv(65536):  # or it times out
-                    pass
+            strangers.append(socket.create_connection(("127.0.0.1", self.chat.port), WAIT))
+            self.addCleanup(strangers[-1].close)
+            strangers[-1].sendall(request)
+        for stranger in strangers:
+            while stranger.recv(65536):  # or it times out
+                pass
         self.assertNotIn("Traceback", self.chat.log())
         self.chat.stop()
 
@@ -746,7 +752,7 @@ class ItStartsAndStops(ChatTest):
     @UNIX
     def test_a_signal_ends_it_with_a_goodbye_whoever_is_there(self):
         for signum, deaf in (signal.SIGTERM, True), (signal.SIGINT, False):
-            chat = self.start(changes="server.HEARTBEAT = 0.01; server.MAX_UNREAD = 10_000; server.GOODBYE = 0.5")
+            chat = self.start(changes="server.HEARTBEAT = 0.01; server.MAX_UNREAD = 10_000; server.GOODBYE = 0.3")
             anns = [self.guest(f"Ann {i}", chat) for i in range(20)]
             for _ in range(3 if deaf else 0):  # they flood, and read nothing
                 flood = (frame(json.dumps(new_message("flood"))) + frame("bad")) * 10000
@@ -806,7 +812,6 @@ class WhatAReaderBreaksShows(ChatTest):
     """With a traceback in the log, while everybody stays connected."""
 
     def broken(self, changes):
-        self.chat.stop(KILL)
         self.chat = Chat(changes=f"def broken(*args, **kwargs):\n    raise TypeError('a mistake')\n{changes}")
         self.assertTrue(self.chat.greeting)
         self.addCleanup(self.chat.stop, KILL)
@@ -1203,16 +1208,16 @@ class ThePageIsGoodToRead(PageTest):
             Object.defineProperty(document, 'hidden', {value: true, configurable: true});
             document.dispatchEvent(new Event('visibilitychange'));
         }""")
-        for i in range(1200):
+        for i in range(800):
             bob.say(f"line {i}")
-        ann.wait_for_function("() => document.title === '(1200) ScopyChat'", polling=50)
+        ann.wait_for_function("() => document.title === '(800) ScopyChat'", polling=50)
         self.assertEqual(self.said(ann), [])
         ann.evaluate("""() => {
             delete document.hidden;
             document.dispatchEvent(new Event('visibilitychange'));
             for (let i = 0; i < window.due.length; i++) { window.due[i](); }
         }""")
-        self.assertEqual(self.said(ann), [f"line {i}" for i in range(700, 1200)])
+        self.assertEqual(self.said(ann), [f"line {i}" for i in range(300, 800)])
         self.assertEqual(ann.title(), "ScopyChat")
 
     def test_with_a_screen_reader(self):
@@ -1314,9 +1319,9 @@ class ThePageLosesNothing(PageTest):
             self.shows(page, "and now")
             self.assertEqual(self.said(page), ["before", "meanwhile", "and this", "and now"])
             expect(page.get_by_text("may be missing")).to_have_count(0)
-        cleo = self.window("Cleo")  # the new server was told again what had been said just before
-        self.shows(cleo, "and now")
-        self.assertEqual(sorted(self.said(cleo)), ["and now", "and this", "before", "meanwhile"])
+        cleo, heard = self.guest(), set()  # the new server is told again what was said just before
+        while not {"before", "meanwhile", "and this", "and now"} <= heard:
+            heard.add(cleo.line()["message"])
 
     def test_a_dead_network_is_noticed_and_given_up_and_when_it_is_back_the_page_is_too(self):
         ann, bob = self.window("Ann", clock=time.time()), self.guest("Bob")
@@ -1372,14 +1377,14 @@ class ThePageLosesNothing(PageTest):
         chance = random.Random(20121203)
         pages = [self.window(nick) for nick in ("Ann", "Bob")]
         posted = []
-        for i in range(30):
+        for i in range(24):
             posted.append(f"line {i}.")
             self.post(chance.choice(pages), posted[-1])
             if chance.random() < 0.3 and self.proxy.ends:
                 self.proxy.cut(chance.choice(self.proxy.ends))
-            if i == 12:
+            if i == 10:
                 self.assertEqual(self.chat.stop(), (0, ""))
-            if i == 18:
+            if i == 15:
                 self.chat = self.start(port=self.chat.port)
         for page in pages:
             page.evaluate("window.dispatchEvent(new Event('online'))")
@@ -1534,13 +1539,13 @@ class TheReadme(PageTest):
             return self.spawn("redis-server", "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "yes",
                               "--appendfsync", "always", port=port, cwd=self.folder)
 
-        def start():
+        def start(count):
             env = {**os.environ, "REDIS_URL": f"redis://localhost:{port}", "PYTHONPATH": str(HERE)}
             with concurrent.futures.ThreadPoolExecutor() as pool:
-                chats = list(pool.map(lambda _: self.start(script=self.folder / "scale.py", env=env), range(2)))
-            return chats, [self.guest(nick, chat) for chat, nick in zip(chats, ("Ann", "Bob"), strict=True)]
+                chats = list(pool.map(lambda _: self.start(script=self.folder / "scale.py", env=env), range(count)))
+            return chats, [self.guest(nick, chat) for chat, nick in zip(chats, ("Ann", "Bob"), strict=False)]
 
-        redis, (chats, (ann, bob)) = start_redis(), start()
+        redis, (chats, (ann, bob)) = start_redis(), start(2)
         ann.until("Bob joined")
         for i in range(20):
             ann.say(f"a{i}", id=f"a{i}")
@@ -1565,16 +1570,15 @@ class TheReadme(PageTest):
         for guest, chat in zip((ann, bob), chats, strict=True):
             guest.vanish()
             self.assertEqual(chat.stop(), (0, ""))
-        chats, guests = start()
-        for guest, chat in zip(guests, chats, strict=True):
-            guest.vanish()
-            history = []
-            while "in vain" not in history:  # it is still reading the stream
-                newcomer = self.guest(chat=chat)
-                history = [line["message"] for line in newcomer.frame()["data"]]
-                newcomer.vanish()
-            self.assertEqual(history, [*said, "in vain"])
-            self.assertEqual(chat.stop(), (0, ""))
+        (chat,), (guest,) = start(1)
+        guest.vanish()
+        history = []
+        while "in vain" not in history:  # it is still reading the stream
+            newcomer = self.guest(chat=chat)
+            history = [line["message"] for line in newcomer.frame()["data"]]
+            newcomer.vanish()
+        self.assertEqual(history, [*said, "in vain"])
+        self.assertEqual(chat.stop(), (0, ""))
 
 
 if __name__ == "__main__":
