@@ -74,8 +74,8 @@ class WSHandler(websocket.WebSocketHandler):
     nick = None  # until this client joins
 
     def write_json(self, **kwargs):
-        # Post: json.dumps(**kwargs), which is a TypeError: dumps takes one object, and no keywords for it.
-        # And write_message, which would do.  What send does better stands below.
+        # Post: write_message(json.dumps(**kwargs)).  That is a TypeError, as dumps takes an object, and not
+        # its fields.  write_message would do; "Frames", below, tells why send stands here in its place.
         send(self, frame(json.dumps(kwargs)))
 
     def open(self):
@@ -86,7 +86,7 @@ class WSHandler(websocket.WebSocketHandler):
 
     def on_message(self, data):
         if closing(self):
-            return None  # the client has vanished; what it had sent before is not read any more
+            return None  # The client has vanished.  Tornado still reads out what had come from it.
         # Post: sent on whatever came.  Here checked turns the text into a dictionary that has a type, and
         # only such fields as belong to it.  If the text breaks a rule, that type is "error".
         try:
@@ -100,9 +100,9 @@ class WSHandler(websocket.WebSocketHandler):
                 broadcast(**data)
         except Exception:  # a mistake in this script: log it.  Tornado would also close the connection.
             self.log_exception(*sys.exc_info())
-        # Tornado waits for what on_message returns, and then reads this client's next text.  What the
-        # client sends until then waits in TCP's buffers; when they are full, the client itself has to
-        # wait.  This is backpressure: a client that floods the room slows down nobody but itself.
+        # Tornado waits until this is over, and then reads this client's next text.  What the client sends
+        # until then waits in TCP's buffers; when they are full, the client itself has to wait.  This is
+        # backpressure: a client that floods the room slows down nobody but itself.
         return gen.sleep(PAUSE)
 
     def on_close(self):
@@ -178,7 +178,7 @@ application = web.Application(
 
 # =================================================================================================
 # That is the chat.  What follows can be skipped at first: how on_message checks what a client says,
-# how flush sends one frame to everybody, what happens when there are too many clients, and how the
+# how a text becomes a frame and is sent, what happens when there are too many clients, and how the
 # server starts and stops.
 # =================================================================================================
 
@@ -232,11 +232,11 @@ def field(data, name):
     return value
 
 
-# ---- One frame for everybody --------------------------------------------------------------------
+# ---- Frames -------------------------------------------------------------------------------------
 #
-# send(con, frame(text)) does what con.write_message(text) would do.  But write_message makes a new frame
-# for each client, and a task that waits until it is sent, and it does not notice a client that never
-# reads.  In flush, the frame is made once, and sending it takes a third of the time.
+# send(con, frame(text)) does what con.write_message(text) would do, which is Tornado's usual way.  But
+# write_message makes a new frame for each client, and a task that waits until it is sent, and it does
+# not notice a client that never reads.  flush makes the frame once, and sends it in a third of the time.
 
 
 def frame(text):
@@ -256,7 +256,7 @@ MAX_UNREAD = 4 * 1024 * 1024  # bytes that may wait for a client which does not 
 
 
 def closing(con):
-    """Return whether a connection is closed, or has sent or received a close frame."""
+    """Return whether a connection is closed, or a close frame has been sent or has come."""
     return con.ws_connection is None or con.ws_connection.is_closing()
 
 
@@ -269,7 +269,7 @@ def send(con, data):
     if closing(con):
         return  # after its close frame a side may send nothing more
     # The stream is Tornado's end of the TCP connection.  Tornado documents what a stream can do, but not
-    # that it is found here.  If a later Tornado moves it, use con.write_message(text) instead of send.
+    # con.ws_connection, where it is found.  If that changes, con.write_message(text) can replace send.
     stream = con.ws_connection.stream
     behind = stream.writing()  # an earlier frame is still waiting; this one must queue up behind it
     data = memoryview(data)  # its slices share its bytes, so a frame that waits for many is there once
