@@ -1003,6 +1003,8 @@ DISCONNECTED = "() => jQuery('#status').text().startsWith('Disconnected')"
 
 
 class ThePageTalks(PageTest):
+    CHANGES = "server.HEARTBEAT = 0.2"
+
     def test_two_windows_talk_and_markup_is_text(self):
         ann = self.window()
         self.assertRegex(ann.get_by_label("Nick").input_value(), r"^User\d+$")
@@ -1085,8 +1087,11 @@ class ThePageTalks(PageTest):
         self.post(ann, "😀" * 1000)
         self.assertEqual(bob.said("😀" * 1000), ["a b c d", "😀" * 1000])
         self.post(ann, "refuse me " * 110)  # which it is, by the server
-        expect(ann.locator("#chat li.error", has_text="Not sent: refuse me refuse me")).to_contain_text("1 to 1,000")
+        refused = ann.locator("#chat li.error", has_text="Not sent: refuse me refuse me")
+        expect(refused).to_contain_text("1 to 1,000")
         expect(ann.get_by_text("sending")).to_have_count(0)
+        ann.wait_for_timeout(500)  # two heartbeats
+        expect(refused).to_have_count(1)
 
     def test_without_jquery_it_says_so(self):
         for jquery in b"", JQUERY.read_bytes() + b" ":  # nothing came; not what we asked for, by its integrity
@@ -1161,6 +1166,9 @@ class ThePageIsGoodToRead(PageTest):
         bob.say("one more")
         expect(ann.get_by_role("button", name="1 new line ")).to_be_visible()
         self.post(ann, "whoever posts wants to see it")
+        expect(ann.locator("#chat li", has_text="wants to see it")).to_be_in_viewport(ratio=1)
+        self.post(ann, "x" * 2007)
+        expect(ann.get_by_text("too many")).to_be_visible()  # a hint, which takes room from the log
         expect(ann.locator("#chat li", has_text="wants to see it")).to_be_in_viewport(ratio=1)
         ann.set_viewport_size({"width": 800, "height": 250})  # a keyboard comes up
         expect(ann.locator("#chat li", has_text="wants to see it")).to_be_in_viewport(ratio=1)
