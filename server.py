@@ -10,30 +10,29 @@
 The pieces of the post's server are here in the post's order, under the post's names.  A comment that starts
 with "Post:" says what the post had in that place, and why it changed.
 
-The script has four parts.  Part 1 is the whole chat.  Part 2 protects the chat from strangers, and part 3
-makes it fast: each extends the class of the part before it, and you can skip both at first.  Part 4 starts
-the server.
+The script has four parts.  Part 1 is the whole chat.  Part 2 protects it from strangers, and part 3 makes it
+fast: each adds to the class of the part before it, and you can skip both at first.  Part 4 starts the server.
 
 The path of a message:  a browser -> on_message -> broadcast -> flush -> write_message -> every browser
 
-Browser and server send each other texts.  Each text is a JSON object.  A client sends two kinds:
+A WebSocket carries texts, and here each text is a JSON object.  A client sends two kinds of them:
 
     {"type": "join", "nick": "Ann"}                             first
-    {"type": "new_message", "message": "hi", "id": "k3j9x"}     for each message
+    {"type": "new_message", "message": "hi", "id": "k3j9x"}     whenever it has something to say
 
-The server sends one kind, a list of what is new, with the number of clients.  A new client gets the history
-in its first list.
+The server sends one kind: a list of what is new, and how many clients are online.  The first list that a client
+gets is the history.
 
     {"type": "list", "data": [...], "online": 3}
 
-The list has three kinds of entries.  Only the client that made the mistake gets the third.
+The list has three kinds of entries.  An error goes only to the client that caused it.
 
     {"type": "message", "nick": "Ann", "message": "hi", "id": "k3j9x", "time": 1795350666.49}
     {"type": "notice", "message": "Ann joined", "time": 1795350666.49}
     {"type": "error", "message": "what was wrong", "id": "k3j9x"}
 
-Why a message has an id: when a connection breaks, the client cannot know which of its messages arrived.  So
-it connects again and sends them again, and the server recognises by the id those that it has already.
+Why a message has an id: when a connection breaks, the client cannot know which of its messages arrived.  So it
+connects again and sends them again, and by the id the server recognises those that it has already.
 """
 import argparse
 import asyncio
@@ -54,8 +53,8 @@ from tornado import gen, httpserver, ioloop, web, websocket
 HISTORY = 100    # how many messages a new client gets
 MEMORY = 10_000  # how many messages the server keeps, to recognise those that are sent again
 
-connections = set()  # Post: a list.  Python had to search the whole list for each client that left.
-messages = {}        # Post: a list, which grew for ever.  Now a message is found by its id; the oldest is first.
+connections = set()  # Post: a list.  Python had to search the list for each client that left.
+messages = {}        # Post: a list, which grew for ever.  Now each message is under its id, the oldest first.
 outbox = []          # New: what the server is about to send.
 
 
@@ -63,15 +62,15 @@ class MainHandler(web.RequestHandler):
     """Answers GET / with the page.  The page then opens the WebSocket."""
 
     def get(self):
-        # Tornado puts these values where test.html has {{ guest }} and so on.  The guest's name is an idea from the
-        # post's second server, the one on CherryPy.  The nonce is explained in the page.
+        # Tornado puts these values in where test.html has {{ guest }}, {{ nonce }} and {{ history }}.  A guest's name
+        # is what the post's second server gives.  The page explains the nonce.
         self.render("test.html", guest=f"User{secrets.randbelow(101)}", nonce=secrets.token_urlsafe(), history=HISTORY)
 
-    head = get  # monitors ask for the page's headers alone; Tornado then leaves out the body
+    head = get  # HEAD is a GET for the headers alone, as monitors send it.  Tornado leaves out the page.
 
 
 class WSHandler(websocket.WebSocketHandler):
-    """One client.  Tornado makes one of these objects for each connection to /chat.
+    """One client.  Tornado makes an object of this class for each connection to /chat.
 
     A WebSocket starts as an HTTP request that asks to change the protocol.  The server agrees with status 101.
     That exchange is the handshake.  The TCP connection stays open after it, and each side may send a text at
@@ -84,12 +83,12 @@ class WSHandler(websocket.WebSocketHandler):
     nick = None  # until the client joins
 
     def write_json(self, **kwargs):
-        # Post: json.dumps(**kwargs).  That raises a TypeError: dumps wants the dictionary, not what is in it.
+        # Post: json.dumps(**kwargs).  That is a TypeError: dumps wants the dictionary, not what is in it.
         self.write_message(json.dumps(kwargs))
 
     def open(self):
         connections.add(self)
-        # Post: type='message'.  The page took the whole list for one message, and showed "undefined".
+        # Post: type='message'.  Its page would have taken the list for one message, and shown "undefined".
         self.write_json(type="list", data=list(messages.values())[-HISTORY:], online=len(connections))
 
     def on_message(self, data):
@@ -98,75 +97,76 @@ class WSHandler(websocket.WebSocketHandler):
             self.nick = data["nick"]
             broadcast(type="notice", message=f"{self.nick} joined")
         elif data.get("id") in messages:
-            # The client has sent this message before.  The answer tells it that the message arrived.
+            # The client sends this message again, as it does not know that it arrived.  The answer tells it so.
             self.write_json(type="list", data=[messages[data["id"]]], online=len(connections))
         else:
-            # Post: sent data on as it came, with whatever else a client had put in.  The post's page works with this
-            # server, too: it never joins, but gives a nick with each message, and it makes no ids.
+            # Post: sent data on as it came, with whatever else a client had put in.  The post's page works here,
+            # too: it never joins, but gives a nick with each message, and it makes no ids.
             broadcast(type="message", nick=self.nick or data["nick"], message=data["message"],
                       id=data.get("id") or secrets.token_urlsafe())
 
     def on_close(self):
         connections.discard(self)
-        # Somebody may still be here with another connection: a second window, or one in place of one that broke.
+        # Ann has not left if she has a second window, or if she came back before this connection was given up.
         if self.nick and self.nick not in (con.nick for con in connections):
             broadcast(type="notice", message=f"{self.nick} left")
 
 
 def broadcast(**message):
-    """Keep a message for new clients, and send it to all clients in a moment.  A type is required."""
+    """Put a message or a notice into the outbox, which flush will send to all.  Messages are kept, too."""
     # Post: for con in connections:
     #           messages.append(data)     kept the message once for each client
     #           con.write_json(data)      a TypeError: write_json takes keyword arguments
     #
     # With both mended, this loop works, but not in a crowd.  When 1,000 people say something at the same time,
     # it sends each of their messages to each of them.  That is a million calls to the operating system.
-    # So broadcast does not send.  It puts the message into the outbox, and flush empties the outbox.
-    message.setdefault("time", round(time.time(), 2))
+    # So broadcast does not send: it waits for what else comes in, and flush sends it all together.
+    message = {"time": round(time.time(), 2), **message}
     if message["type"] == "message":
         messages[message["id"]] = message
         if len(messages) > MEMORY:
             del messages[next(iter(messages))]  # the oldest
-    if not outbox:
-        asyncio.get_running_loop().call_soon(flush)
     outbox.append(message)
+    if len(outbox) == 1:  # it was empty, so nobody has asked for a flush yet
+        asyncio.get_running_loop().call_soon(flush)
 
 
 def flush():
     """Send all that is in the outbox to every client, as one text."""
     # Tornado runs in one thread, the event loop.  In each round, the loop asks the operating system what has
-    # arrived, calls the handlers for all of it, and then calls flush.  So messages that arrive together leave
-    # together: when 1,000 people speak at once, the server sends 1,000 texts with 1,000 messages in each.  A message
-    # that arrives alone leaves alone, at once.
+    # arrived, and calls the handlers for all of it; then it calls what call_soon was given.  So messages that
+    # arrive together leave together: when 1,000 people speak at once, the server sends 1,000 texts with 1,000
+    # messages in each.  A message that arrives alone leaves alone, at once.
     news = outbox.copy()
-    outbox.clear()  # before anything can go wrong: broadcast calls for a flush only when the outbox is empty
+    outbox.clear()  # first of all: if what follows fails, the next message must find the outbox empty
     text = json.dumps({"type": "list", "data": news, "online": len(connections)})
     for con in connections:
-        with contextlib.suppress(websocket.WebSocketClosedError):  # this client is leaving; on_close will follow
+        with contextlib.suppress(websocket.WebSocketClosedError):  # This client is leaving.  on_close comes later.
             con.write_message(text)
 
 
 # =================================================================================================
-# Part 2: among strangers.  Skip it at first.  Friends can chat without it, with WSHandler in the
-# route at the end of this file and httpserver.HTTPServer in main.
+# Part 2: among strangers.  You can skip it at first.  Among friends, part 1 is enough: in part 4,
+# put WSHandler into the route, and httpserver.HTTPServer into main.
 # =================================================================================================
 
 LENGTHS = {"nick": 30, "message": 1000, "id": 64}  # how long each may be, in characters
-LINES = 20     # how many lines a message may have
-PAUSE = 0.02   # seconds that a client must wait after each text
-BLANKS = " \u034f\u115f\u1160\u2800\u3164\ufe0e\ufe0f\uffa0"  # printable to Unicode, and yet they show nothing
+LINES = 20    # how many lines a message may have
+PAUSE = 0.02  # seconds that a client must wait after each text
+BLANKS = "\u034f\u115f\u1160\u2800\u3164\ufe0e\ufe0f\uffa0"  # Python finds these printable, but nobody sees them
 
 
 class PublicWSHandler(WSHandler):
-    """A client that may send anything, as fast as its network allows."""
+    """A client that might send anything, as fast as its network allows."""
 
     def on_message(self, data):
         fields = parse(data)
         try:
             check(fields, self.nick)
         except ValueError as problem:
-            known = {"id": fields["id"]} if isinstance(fields.get("id"), str) else {}
-            error = {"type": "error", "message": str(problem), **known}
+            error = {"type": "error", "message": str(problem)}
+            if isinstance(fields.get("id"), str):
+                error["id"] = fields["id"]
             self.write_json(type="list", data=[error], online=len(connections))
         else:
             super().on_message(data)
@@ -178,11 +178,10 @@ class PublicWSHandler(WSHandler):
 
 def parse(text):
     """Return the JSON object in a client's text; an empty one if there is none."""
-    try:
-        fields = json.loads(text) if isinstance(text, str) else None  # a client can also send bytes
-    except (ValueError, RecursionError):  # RecursionError: thousands of nested brackets
-        fields = None
-    return fields if isinstance(fields, dict) else {}
+    with contextlib.suppress(ValueError, RecursionError):  # RecursionError: thousands of nested brackets
+        if isinstance(text, str) and isinstance(fields := json.loads(text), dict):  # a client can also send bytes
+            return fields
+    return {}
 
 
 def check(fields, nick):
@@ -196,33 +195,36 @@ def check(fields, nick):
         names = ["message"] if nick else ["message", "nick"]
     else:
         raise ValueError('Send a JSON object with the type "new_message" or, once, "join".')
-    for name in names + ["id"] * ("id" in fields):
+    if "id" in fields:
+        names.append("id")
+    for name in names:
         check_text(name, fields.get(name))
 
 
 def check_text(name, text):
     """Raise ValueError, with a sentence for the client, if a nick, message or id is not a proper text."""
-    # With a line break in it, or with invisible characters, a nick could look like a notice or like another nick.
-    if (not isinstance(text, str) or not any(letter.isprintable() and letter not in BLANKS for letter in text)
-            or name == "nick" and not text.isprintable()):
-        raise ValueError(f"The {name} must be text that one can see.")
+    if not isinstance(text, str) or not any(sign.isprintable() and sign not in BLANKS + " " for sign in text):
+        raise ValueError(f"The {name} must be a text that people can see.")
     if len(text) > LENGTHS[name]:
         raise ValueError(f"The {name} has {len(text):,} characters, and {LENGTHS[name]:,} is the most.")
     if name == "message" and len(text.splitlines()) > LINES:
         raise ValueError(f"The message has {len(text.splitlines()):,} lines, and {LINES} is the most.")
+    # A nick with a line break could look like a notice, and one with invisible characters like another nick.
+    if name == "nick" and not (text.isprintable() and set(text).isdisjoint(BLANKS)):
+        raise ValueError("The nick must not have invisible characters.")
 
 
 class LimitedHTTPServer(httpserver.HTTPServer):
-    """Tornado's HTTP server, but it hangs up on a new client when the process has nearly no file left to open.
+    """Tornado's HTTP server, but it hangs up on new clients while the process has too many files open.
 
-    Each connection is an open file, and a process may have only so many (`ulimit -n`).  When all are in use,
-    Tornado cannot accept a connection.  It would try again at once, for ever, and log each time.
+    To the operating system, a connection is an open file, and a process may have only so many (`ulimit -n`).
+    When they are all in use, Tornado cannot accept a connection, and tries again at once, without end.
     """
 
-    def handle_stream(self, stream, address):
-        # Tornado calls this for each new connection.  Open files are numbered, and a new one gets the lowest
-        # number that is free.  So a high number means that many are open.
-        limit = os.sysconf("SC_OPEN_MAX") if hasattr(os, "sysconf") else -1  # -1: there is no limit
+    def handle_stream(self, stream, address):  # Tornado calls this for each new connection
+        # Open files are numbered, and a new one gets the lowest free number.  So a high number means: many are
+        # open.  The last 16 are for other uses, such as reading test.html.
+        limit = os.sysconf("SC_OPEN_MAX") if hasattr(os, "sysconf") else -1  # -1: no limit is known
         if 0 < limit - 16 < stream.socket.fileno():
             stream.close()
         else:
@@ -230,25 +232,25 @@ class LimitedHTTPServer(httpserver.HTTPServer):
 
 
 # =================================================================================================
-# Part 3: speed.  Skip it at first.  Without it, sending takes three times as long, and a client
-# that never reads is kept.
+# Part 3: speed.  You can skip it at first.  Without it, sending takes three times as long, and a
+# client that answers pings but does not read its texts is never disconnected.
 #
-# Tornado's own write_message makes a new frame, a future and a task for each client and each text.
-# This part makes the frame once, and hands it to TCP without a future and a task.  For that it
-# needs the stream, Tornado's end of the TCP connection.  Tornado documents what a stream can do.
-# It does not document ws_connection, where the stream is found: a later Tornado may change that,
-# and then PublicWSHandler still works.
+# A WebSocket sends each text in a frame: a header that says how long the text is, then the text.
+# Tornado's write_message makes a new frame for each client, and a task that waits until the frame
+# is sent.  This part makes one frame for all, and gives it to TCP itself.  It uses Tornado's end of
+# the TCP connection, the stream.  Tornado documents what a stream can do; it does not document
+# ws_connection, where the stream is found.  If a later Tornado changes that, use PublicWSHandler.
 # =================================================================================================
 
-PATIENCE = 20  # seconds that a client may be behind with reading
+PATIENCE = 20  # seconds after which a client must have taken what was sent to it
 
 
 class FastWSHandler(PublicWSHandler):
-    """A client that is sent a text quickly, and is disconnected if it does not read."""
+    """A client that gets a text quickly, and is disconnected if it does not read."""
 
     def open(self):
-        self.set_nodelay(True)  # otherwise TCP holds a short text back, to send it together with the next one
-        self.caught_up = time.monotonic()  # when this client last had nothing left to read
+        self.set_nodelay(True)  # Without this, TCP may hold a short text back to send it with the next one.
+        self.caught_up = time.monotonic()  # when TCP had last taken all that was sent to this client
         super().open()
 
     def write_message(self, message):
@@ -256,22 +258,19 @@ class FastWSHandler(PublicWSHandler):
             return  # this client is leaving
         stream, rest = self.ws_connection.stream, frame(message)
         if not stream.writing():
-            # No earlier text is waiting, so TCP may take this one now: all of it, a part of it, or nothing.
+            # No earlier frame is waiting, so TCP may take this one at once, or a part of it.
             self.caught_up = time.monotonic()
-            with contextlib.suppress(OSError):  # nothing
+            with contextlib.suppress(OSError):  # TCP takes nothing at present
                 rest = rest[stream.write_to_fd(rest):]
         if time.monotonic() - self.caught_up > PATIENCE:
-            stream.close()  # Tornado calls on_close later, so connections does not change during flush
+            stream.close()
         elif rest:
-            stream.write(rest)  # Tornado sends the rest as soon as TCP takes it
+            stream.write(rest)  # Tornado keeps the rest, and sends it when TCP takes more.
 
 
-@functools.lru_cache(maxsize=1)
+@functools.lru_cache(maxsize=1)  # flush sends one text to all clients: its frame is made once
 def frame(text):
-    """Return the WebSocket frame with this text in it (RFC 6455, section 5.2).
-
-    flush sends the same text to all clients.  The cache remembers the last frame, so it is made once.
-    """
+    """Return the WebSocket frame with this text in it (RFC 6455, section 5.2)."""
     payload = text.encode()
     size = len(payload)
     # The first byte, 0x81, means: a text, and all of it is in this frame.  Then comes the size.  Up to 125 it
@@ -282,21 +281,20 @@ def frame(text):
         header = bytes([0x81, 126]) + size.to_bytes(2, "big")
     else:
         header = bytes([0x81, 127]) + size.to_bytes(8, "big")
-    return memoryview(header + payload)  # what is left of a memoryview is no copy: many clients wait for one frame
+    return memoryview(header + payload)  # A part of a memoryview is not a copy, so slow clients share one frame.
 
 
 # =================================================================================================
 # Part 4: how it starts
 # =================================================================================================
 
+# A text of a client may have 32 KiB.  A client that does not answer a ping for 20 seconds is disconnected.
 application = web.Application([
     (r"/", MainHandler),        # HTML chat homepage
-    (r"/chat", FastWSHandler),  # WebSocket server; PublicWSHandler and WSHandler work here, too
-],
-    websocket_max_message_size=32 * 1024,  # bytes of a text from a client
-    websocket_ping_interval=20)  # seconds; a client that has not answered a ping by the next one is disconnected
+    (r"/chat", FastWSHandler),  # WebSocket server; PublicWSHandler or WSHandler can stand here, too
+], websocket_max_message_size=32 * 1024, websocket_ping_interval=20)
 
-HEARTBEAT = 10  # seconds from one list to the next when nobody says anything; the page waits for 20
+HEARTBEAT = 10  # seconds between two lists when nobody says anything.  The page waits for 20.
 
 
 async def main():
@@ -310,8 +308,8 @@ async def main():
         raise SystemExit(f"Cannot listen on {options.address}, port {options.port}: {error}")
     host = f"[{options.address}]" if ":" in options.address else options.address
     print(f"ScopyChat is open at http://{host}:{options.port}/ (Ctrl+C closes it)", flush=True)
-    # When a network dies, nobody tells the page, and a page cannot see the pings.  So the server sends a list,
-    # even an empty one, every 10 seconds.  A page that gets nothing knows that it has to connect again.
+    # When a network dies, nobody tells the page, and a page does not see pings.  So the server sends a list every
+    # 10 seconds, even an empty one.  A page that gets none knows that it must connect again.
     ioloop.PeriodicCallback(flush, HEARTBEAT * 1000).start()
     await stop_signal()
     http_server.stop()
@@ -326,7 +324,7 @@ def command_line():
     options = parser.parse_args()
     if not 0 < options.port < 65536:
         parser.error("argument --port: a TCP port is a number from 1 to 65535")
-    options.address = options.address or "localhost"  # Tornado would take no address for all addresses
+    options.address = options.address or "localhost"  # For Tornado, an empty address means the whole network.
     return options
 
 
@@ -343,7 +341,7 @@ async def goodbye():
     flush()
     deadline = time.monotonic() + 2
     while connections and time.monotonic() < deadline:
-        for con in connections:  # each time anew, as a client whose handshake ends now comes in, too
+        for con in connections:  # again each time, because a client may come in meanwhile
             con.close(1001, "the server stops")  # 1001 means: going away (RFC 6455, section 7.4)
         await asyncio.sleep(0.05)
 
