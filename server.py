@@ -204,7 +204,7 @@ def check(fields, nick):
 def check_text(name, text):
     """Raise ValueError, with a sentence for the client, if a nick, message or id is not a proper text."""
     if not isinstance(text, str) or not any(sign.isprintable() and sign not in BLANKS + " " for sign in text):
-        raise ValueError(f"The {name} must be a text that people can see.")
+        raise ValueError(f"The {name} must be visible text.")
     if len(text) > LENGTHS[name]:
         raise ValueError(f"The {name} has {len(text):,} characters, and {LENGTHS[name]:,} is the most.")
     if name == "message" and len(text.splitlines()) > LINES:
@@ -337,8 +337,8 @@ async def stop_signal():
 
 
 async def goodbye():
-    """Send what is in the outbox, close all connections, and wait up to 2 seconds for the clients' answers."""
-    flush()
+    """Send what has arrived, close all connections, and wait up to 2 seconds for the clients' answers."""
+    await asyncio.sleep(0.1)  # on_message, broadcast and flush go on meanwhile
     deadline = time.monotonic() + 2
     while connections and time.monotonic() < deadline:
         for con in connections:  # again each time, because a client may come in meanwhile
