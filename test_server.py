@@ -798,7 +798,7 @@ class ThePageLosesNothing(PageTest):
     CHANGES = "server.PAUSE = 0"
 
     def test_what_is_posted_while_the_server_is_away_is_said_in_order_when_it_is_back(self):
-        ann, bob = self.window("Ann", clock=time.time()), self.window("Bob")
+        ann, bob = (self.window(nick, clock=time.time()) for nick in ("Ann", "Bob"))
         self.post(ann, "before")
         self.shows(bob, "before")
         port = self.chat.port
@@ -811,7 +811,7 @@ class ThePageLosesNothing(PageTest):
         self.runs(ann, CONNECTED)
         self.post(ann, "and now")
         for page in ann, bob:
-            self.shows(page, "and now")
+            self.runs(page, "() => jQuery('#chat').text().includes('and now')")
             self.assertEqual(self.said(page), ["before", "meanwhile", "and this", "and now"])
             expect(page.get_by_text("may be missing")).to_have_count(0)
         history = [line["message"] for line in self.guest().frame()["data"]]
@@ -1060,7 +1060,7 @@ class ThePageIsGoodToRead(PageTest):
         for i in range(30):
             bob.say(f"history {i}")
         bob.until("history 29")
-        ann = self.window()
+        ann = self.window(clock=time.time())
         ann.evaluate("""() => {
             const log = document.querySelector('[role=log]');
             window.read = [];
@@ -1072,18 +1072,18 @@ class ThePageIsGoodToRead(PageTest):
         }""")
         self.join(ann, "Ann")
         self.shows(ann, "history 29")
-        ann.wait_for_function("() => document.querySelector('[role=log]').ariaLive === 'polite'")
+        self.runs(ann, "() => document.querySelector('[role=log]').ariaLive === 'polite'")
         self.post(ann, "my own line")
         self.shows(ann, "my own line")
         read = ann.evaluate("window.read")
         self.assertFalse([text for text in read if "history" in text])
         self.assertEqual(len([text for text in read if "my own line" in text]), 1)
-        ann.evaluate("Math.random = () => 0")
         self.proxy.refuses = True
         self.proxy.cut()
+        ann.wait_for_function(DISCONNECTED)
         accepted = self.proxy.accepted
         while self.proxy.accepted < accepted + 2:  # attempts that fail are not told each time
-            ann.wait_for_timeout(50)
+            ann.clock.run_for(1000)
         self.assertEqual(ann.evaluate("window.states"), ["Connecting …", "Connected", "Disconnected."])
 
     def test_on_small_and_odd_screens_and_paper_and_axe_finds_nothing(self):
@@ -1129,8 +1129,7 @@ class ThePageIsGoodToRead(PageTest):
             self.assertGreaterEqual(seen, lines, (width, height))
 
     def test_it_asks_before_a_window_with_a_draft_or_an_unsent_message_closes(self):
-        ann, asked = self.window("Ann"), []
-        ann.evaluate("Math.random = () => 0")
+        ann, asked = self.window("Ann", clock=time.time()), []
         ann.on("dialog", lambda dialog: (asked.append(dialog.type), dialog.dismiss()))
         for post in self.post, lambda page, text: page.get_by_label("Post as").fill(text):
             self.proxy.refuses = True
@@ -1141,6 +1140,7 @@ class ThePageIsGoodToRead(PageTest):
             self.assertEqual((asked, ann.is_closed()), (["beforeunload"], False))
             asked.clear()
             self.proxy.refuses = False
+            self.runs(ann, CONNECTED)
             self.shows(ann, "wait for me")
         ann.get_by_label("Post as").fill("")
         with ann.expect_event("close"):
