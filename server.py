@@ -62,8 +62,8 @@ class MainHandler(web.RequestHandler):
     """Answers GET / with the page.  The page then opens the WebSocket."""
 
     def get(self):
-        # Tornado puts these values in where test.html has {{ guest }}, {{ nonce }} and {{ history }}.  A guest's name
-        # is what the post's second server gives.  The page explains the nonce.
+        # Tornado puts these values in where test.html has {{ guest }}, {{ nonce }} and {{ history }}.  The guest's
+        # name is an idea of the post's second server.  The nonce lets the page's own scripts run, and no others.
         self.render("test.html", guest=f"User{secrets.randbelow(101)}", nonce=secrets.token_urlsafe(), history=HISTORY)
 
     head = get  # HEAD is a GET for the headers alone, as monitors send it.  Tornado leaves out the page.
@@ -97,7 +97,7 @@ class WSHandler(websocket.WebSocketHandler):
             self.nick = data["nick"]
             broadcast(type="notice", message=f"{self.nick} joined")
         elif data.get("id") in messages:
-            # The client sends this message again, as it does not know that it arrived.  The answer tells it so.
+            # The client sends this message again, because its connection broke.  The answer says that it arrived.
             self.write_json(type="list", data=[messages[data["id"]]], online=len(connections))
         else:
             # Post: sent data on as it came, with whatever else a client had put in.  The post's page works here,
@@ -107,7 +107,7 @@ class WSHandler(websocket.WebSocketHandler):
 
     def on_close(self):
         connections.discard(self)
-        # Ann has not left if she has a second window, or if she came back before this connection was given up.
+        # Ann may still be here: with a second window, or with a new connection in place of this one.
         if self.nick and self.nick not in (con.nick for con in connections):
             broadcast(type="notice", message=f"{self.nick} left")
 
@@ -138,10 +138,10 @@ def flush():
     # arrive together leave together: when 1,000 people speak at once, the server sends 1,000 texts with 1,000
     # messages in each.  A message that arrives alone leaves alone, at once.
     news = outbox.copy()
-    outbox.clear()  # first of all: if what follows fails, the next message must find the outbox empty
+    outbox.clear()  # before all else: if that fails, the next message must still find the outbox empty
     text = json.dumps({"type": "list", "data": news, "online": len(connections)})
-    for con in connections:
-        with contextlib.suppress(websocket.WebSocketClosedError):  # This client is leaving.  on_close comes later.
+    for con in connections:  # This set does not change meanwhile: Tornado calls on_close in a later round.
+        with contextlib.suppress(websocket.WebSocketClosedError):  # this client is leaving
             con.write_message(text)
 
 
@@ -172,14 +172,16 @@ class PublicWSHandler(WSHandler):
             super().on_message(data)
         # Tornado waits for what on_message returns before it reads this client's next text.  Until then, the
         # client's texts stay in TCP's buffers.  When the buffers are full, TCP makes the client wait.  This is
-        # called backpressure: a client that floods the room slows down itself, and nobody else.
+        # called backpressure: a client that floods the room slows down itself, and nobody else.  (gen.sleep is
+        # Tornado's asyncio.sleep.  It returns a future, which is quiet when the server stops.)
         return gen.sleep(PAUSE)
 
 
 def parse(text):
     """Return the JSON object in a client's text; an empty one if there is none."""
     with contextlib.suppress(ValueError, RecursionError):  # RecursionError: thousands of nested brackets
-        if isinstance(text, str) and isinstance(fields := json.loads(text), dict):  # a client can also send bytes
+        fields = json.loads(text) if isinstance(text, str) else None  # a client can also send bytes
+        if isinstance(fields, dict):
             return fields
     return {}
 
@@ -250,22 +252,23 @@ class FastWSHandler(PublicWSHandler):
 
     def open(self):
         self.set_nodelay(True)  # Without this, TCP may hold a short text back to send it with the next one.
-        self.caught_up = time.monotonic()  # when TCP had last taken all that was sent to this client
+        self.caught_up = time.monotonic()  # the last time at which nothing was waiting for this client
         super().open()
 
     def write_message(self, message):
         if self.ws_connection is None or self.ws_connection.is_closing():
             return  # this client is leaving
-        stream, rest = self.ws_connection.stream, frame(message)
+        stream, data = self.ws_connection.stream, frame(message)
         if not stream.writing():
             # No earlier frame is waiting, so TCP may take this one at once, or a part of it.
             self.caught_up = time.monotonic()
             with contextlib.suppress(OSError):  # TCP takes nothing at present
-                rest = rest[stream.write_to_fd(rest):]
+                taken = stream.write_to_fd(data)
+                data = data[taken:]
         if time.monotonic() - self.caught_up > PATIENCE:
             stream.close()
-        elif rest:
-            stream.write(rest)  # Tornado keeps the rest, and sends it when TCP takes more.
+        elif data:
+            stream.write(data)  # Tornado keeps what is left, and sends it when TCP takes more.
 
 
 @functools.lru_cache(maxsize=1)  # flush sends one text to all clients: its frame is made once
@@ -281,14 +284,15 @@ def frame(text):
         header = bytes([0x81, 126]) + size.to_bytes(2, "big")
     else:
         header = bytes([0x81, 127]) + size.to_bytes(8, "big")
-    return memoryview(header + payload)  # A part of a memoryview is not a copy, so slow clients share one frame.
+    return memoryview(header + payload)  # data[taken:] of a memoryview is no copy, so slow clients share a frame.
 
 
 # =================================================================================================
 # Part 4: how it starts
 # =================================================================================================
 
-# A text of a client may have 32 KiB.  A client that does not answer a ping for 20 seconds is disconnected.
+# The settings at the end: the largest text that a client may send, in bytes; and the seconds between pings.  Tornado
+# disconnects a client that has not answered one ping when the next is due.
 application = web.Application([
     (r"/", MainHandler),        # HTML chat homepage
     (r"/chat", FastWSHandler),  # WebSocket server; PublicWSHandler or WSHandler can stand here, too
@@ -311,7 +315,10 @@ async def main():
     # When a network dies, nobody tells the page, and a page does not see pings.  So the server sends a list every
     # 10 seconds, even an empty one.  A page that gets none knows that it must connect again.
     ioloop.PeriodicCallback(flush, HEARTBEAT * 1000).start()
-    await stop_signal()
+    loop, stop = asyncio.get_running_loop(), asyncio.Event()
+    for signum in signal.SIGINT, signal.SIGTERM:  # SIGINT is Ctrl+C
+        signal.signal(signum, lambda *args: loop.call_soon_threadsafe(stop.set))  # this also wakes up the loop
+    await stop.wait()
     http_server.stop()
     await goodbye()
 
@@ -328,17 +335,9 @@ def command_line():
     return options
 
 
-async def stop_signal():
-    """Wait for Ctrl+C (the signal SIGINT) or SIGTERM."""
-    loop, stop = asyncio.get_running_loop(), asyncio.Event()
-    for signum in signal.SIGINT, signal.SIGTERM:
-        signal.signal(signum, lambda *args: loop.call_soon_threadsafe(stop.set))
-    await stop.wait()
-
-
 async def goodbye():
     """Send what has arrived, close all connections, and wait up to 2 seconds for the clients' answers."""
-    await asyncio.sleep(0.1)  # on_message, broadcast and flush go on meanwhile
+    await asyncio.sleep(0.1)  # Texts that have arrived already go through on_message and flush meanwhile.
     deadline = time.monotonic() + 2
     while connections and time.monotonic() < deadline:
         for con in connections:  # again each time, because a client may come in meanwhile

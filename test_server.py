@@ -316,7 +316,7 @@ BAD = [
         frame({"type": "join", "nick": "Ann"}, 0x82), {}, {"type": "list"}, {"type": None}, {"type": ["join"]})),
     *(({**sent, "nick": nick}, "nick must") for sent in ({"type": "join"}, new_message("hi")) for nick in (
         None, 3, [], {}, True, "", " \t", "\u2003", "\ud800", "Ann\n", "A\u2028nn", "A\u202enn", "A\u200bnn", "A\ufeff",
-        "A\xadnn")),
+        "A\xadnn", "Ann\u3164")),
     *(({"type": kind, "message": "hi"}, "nick must") for kind in ("join", "new_message")),
     *((new_message(message), "message must") for message in (
         None, 7, ["hi"], {"a": 1}, "", " \n ", "\u200b", "\u2060", "\xad", "\ufeff", "\u3164", "\ud800", "\x00")),
