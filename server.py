@@ -179,11 +179,10 @@ class PublicWSHandler(WSHandler):
 
 def parse(text):
     """Return the JSON object in a client's text; an empty one if there is none."""
+    fields = None
     with contextlib.suppress(ValueError, RecursionError):  # RecursionError: thousands of nested brackets
         fields = json.loads(text) if isinstance(text, str) else None  # a client can also send bytes
-        if isinstance(fields, dict):
-            return fields
-    return {}
+    return fields if isinstance(fields, dict) else {}
 
 
 def check(fields, nick):
@@ -228,9 +227,8 @@ class LimitedHTTPServer(httpserver.HTTPServer):
         # open.  The last 16 are for other uses, such as reading test.html.
         limit = os.sysconf("SC_OPEN_MAX") if hasattr(os, "sysconf") else -1  # -1: no limit is known
         if 0 < limit - 16 < stream.socket.fileno():
-            stream.close()
-        else:
-            super().handle_stream(stream, address)
+            return stream.close()
+        return super().handle_stream(stream, address)
 
 
 # =================================================================================================
@@ -239,8 +237,9 @@ class LimitedHTTPServer(httpserver.HTTPServer):
 #
 # A WebSocket sends each text in a frame: a header that says how long the text is, then the text.
 # Tornado's write_message makes a new frame for each client, and a task that waits until the frame
-# is sent.  This part makes one frame for all, and gives it to TCP itself.  It uses Tornado's end of
-# the TCP connection, the stream.  Tornado documents what a stream can do; it does not document
+# is sent.  This part makes one frame for all clients.  What TCP cannot take at once waits here, and
+# is in memory once, however many clients wait for it.  For this, the part uses Tornado's end of the
+# TCP connection, the stream.  Tornado documents what a stream can do; it does not document
 # ws_connection, where the stream is found.  If a later Tornado changes that, use PublicWSHandler.
 # =================================================================================================
 
@@ -252,39 +251,44 @@ class FastWSHandler(PublicWSHandler):
 
     def open(self):
         self.set_nodelay(True)  # Without this, TCP may hold a short text back to send it with the next one.
-        self.caught_up = time.monotonic()  # the last time at which nothing was waiting for this client
+        # The frames that wait for TCP to have room, and the last time at which there were none.
+        self.waiting, self.caught_up = [], time.monotonic()
         super().open()
 
     def write_message(self, message):
+        self.waiting.append(frame(message))
+        self.send_waiting()
+
+    def send_waiting(self, *args):
+        """Give TCP as many frames as it takes now."""
         if self.ws_connection is None or self.ws_connection.is_closing():
             return  # this client is leaving
-        stream, data = self.ws_connection.stream, frame(message)
+        stream = self.ws_connection.stream
+        while self.waiting and not stream.writing():
+            data = self.waiting.pop(0)
+            with contextlib.suppress(OSError):  # TCP has no room at all
+                data = data[stream.write_to_fd(data):]  # what TCP has not taken
+            if data:  # Tornado sends it when there is room, and then calls send_waiting.
+                stream.write(data).add_done_callback(self.send_waiting)
         if not stream.writing():
-            # No earlier frame is waiting, so TCP may take this one at once, or a part of it.
             self.caught_up = time.monotonic()
-            with contextlib.suppress(OSError):  # TCP takes nothing at present
-                taken = stream.write_to_fd(data)
-                data = data[taken:]
-        if time.monotonic() - self.caught_up > PATIENCE:
+        elif time.monotonic() - self.caught_up > PATIENCE:
             stream.close()
-        elif data:
-            stream.write(data)  # Tornado keeps what is left, and sends it when TCP takes more.
 
 
 @functools.lru_cache(maxsize=1)  # flush sends one text to all clients: its frame is made once
 def frame(text):
     """Return the WebSocket frame with this text in it (RFC 6455, section 5.2)."""
     payload = text.encode()
-    size = len(payload)
     # The first byte, 0x81, means: a text, and all of it is in this frame.  Then comes the size.  Up to 125 it
     # takes one byte.  A larger size takes the number 126 and two bytes, or the number 127 and eight.
-    if size < 126:
-        header = bytes([0x81, size])
-    elif size < 65536:
-        header = bytes([0x81, 126]) + size.to_bytes(2, "big")
+    if len(payload) < 126:
+        header = bytes([0x81, len(payload)])
+    elif len(payload) < 65536:
+        header = bytes([0x81, 126]) + len(payload).to_bytes(2, "big")
     else:
-        header = bytes([0x81, 127]) + size.to_bytes(8, "big")
-    return memoryview(header + payload)  # data[taken:] of a memoryview is no copy, so slow clients share a frame.
+        header = bytes([0x81, 127]) + len(payload).to_bytes(8, "big")
+    return memoryview(header + payload)  # A slice of a memoryview is no copy: slow clients share one frame.
 
 
 # =================================================================================================
@@ -338,11 +342,10 @@ def command_line():
 async def goodbye():
     """Send what has arrived, close all connections, and wait up to 2 seconds for the clients' answers."""
     await asyncio.sleep(0.1)  # Texts that have arrived already go through on_message and flush meanwhile.
-    deadline = time.monotonic() + 2
-    while connections and time.monotonic() < deadline:
+    for _ in range(40):
         for con in connections:  # again each time, because a client may come in meanwhile
             con.close(1001, "the server stops")  # 1001 means: going away (RFC 6455, section 7.4)
-        await asyncio.sleep(0.05)
+        await asyncio.sleep(0.05 if connections else 0)
 
 
 if __name__ == "__main__":

@@ -746,7 +746,12 @@ class ThePageChats(PageTest):
         expect(page.get_by_text("waiting for jQuery")).to_be_visible()
         answer(held[0], JQUERY.read_bytes())
         page.get_by_role("button", name="Join").click()
-        self.shows(page, "Annabelle joined")  # and no guest's name over what was typed
+        self.shows(page, "Annabelle joined")
+        page.reload(wait_until="commit")
+        page.get_by_label("Nick").fill("Bella")
+        answer(held[1], JQUERY.read_bytes())
+        expect(page.get_by_role("button", name="Join")).to_be_enabled()
+        expect(page.get_by_label("Nick")).to_have_value("Bella")  # what was typed wins over what the tab remembers
         for body in b"", JQUERY.read_bytes() + b" ":  # nothing came; not what was asked for, by its integrity
             page = self.window(jquery=functools.partial(answer, body=body))
             expect(page.get_by_text("waiting for jQuery")).to_be_visible()
