@@ -462,6 +462,15 @@ server.application.settings.update(websocket_max_message_size=70_000, websocket_
             lines += [line["message"] for line in ann.until(message)]
             deaf.raw(frame(b"", 0x8a))
 
+    def test_one_who_is_slow_hears_everything_in_order(self):
+        slow, ann, said = self.guest(), self.guest("Ann"), [f"{i} " + "x" * 59_000 for i in range(200)]
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            heard = pool.submit(slow.said, said[-1])
+            for message in said:
+                ann.say(message)
+                ann.until(message)
+            self.assertEqual(heard.result(), said)
+
     def test_one_large_text_disconnects_nobody_who_reads_and_is_in_memory_once(self):
         ann, crowd, memory = self.guest("Ann"), [self.guest() for _ in range(150)], self.chat.memory()
         with self.chat.frozen():
@@ -877,6 +886,7 @@ class ThePageLosesNothing(PageTest):
             self.runs(ann, CONNECTED)
             self.shows(ann, f"{count}-{count - 1}")
             expect(ann.get_by_text("messages may be missing here")).to_have_count(gap)
+        expect(self.window("Cleo").get_by_text("may be missing")).to_have_count(0)  # a newcomer misses nothing
         self.assertEqual(self.said(ann), ["here", *(f"50-{i}" for i in range(50)), *(f"150-{i}" for i in range(50, 150))])
 
     def test_pages_that_lost_their_server_do_not_all_come_back_at_once(self):
