@@ -83,7 +83,7 @@ class WSHandler(websocket.WebSocketHandler):
     nick = None  # until the client joins
 
     def write_json(self, **kwargs):
-        # Post: json.dumps(**kwargs).  That is a TypeError: dumps wants the dictionary, not what is in it.
+        # Post: json.dumps(**kwargs).  That is a TypeError: dumps wants the dictionary, not its items.
         self.write_message(json.dumps(kwargs))
 
     def open(self):
@@ -157,7 +157,7 @@ BLANKS = "\u034f\u115f\u1160\u2800\u3164\ufe0e\ufe0f\uffa0"  # Python finds thes
 
 
 class PublicWSHandler(WSHandler):
-    """A client that might send anything, as fast as its network allows."""
+    """A client that might send anything, and might send without end."""
 
     def on_message(self, data):
         fields = parse(data)
@@ -302,7 +302,7 @@ application = web.Application([
     (r"/chat", FastWSHandler),  # WebSocket server; PublicWSHandler or WSHandler can stand here, too
 ], websocket_max_message_size=32 * 1024, websocket_ping_interval=20)
 
-HEARTBEAT = 10  # seconds between two lists when nobody says anything.  The page waits for 20.
+HEARTBEAT = 10  # seconds.  The page waits for 20.
 
 
 async def main():
