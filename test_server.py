@@ -521,8 +521,9 @@ class Part4HowItStartsAndStops(ChatTest):
     def ends(self, signum):
         chat = self.start()
         guests, newcomer = [self.guest(f"Ann {i}", chat) for i in range(5)], self.stranger(HANDSHAKE[:-2], chat)
-        for _ in range(100):
-            self.guest(chat=chat).raw((frame(new_message("flood")) + frame(b"bad")) * 10_000)
+        flooders = [self.guest(chat=chat) for _ in range(100)]
+        for flooder in flooders:
+            flooder.raw((frame(new_message("flood")) + frame(b"bad")) * 10_000)
         with chat.frozen():
             for guest in guests:
                 guest.say("the end")
@@ -533,6 +534,8 @@ class Part4HowItStartsAndStops(ChatTest):
             self.assertRaisesRegex(ConnectionError, "1001 .*the server stops", guest.until, "never said")
         newcomer.write(HANDSHAKE[-2:].encode())  # it comes in when the server has said goodbye to the others
         self.assertIn(b"\x03\xe9the server stops", newcomer.read())
+        for flooder in flooders:
+            flooder.vanish()
         self.assertEqual(chat.stop(None), (0, ""))
 
     def test_parts_3_and_2_can_be_cut_out(self):
@@ -1245,11 +1248,11 @@ class TheReadme(PageTest):
             return self.spawn("redis-server", "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "yes",
                               "--appendfsync", "always", port=port, cwd=self.folder)
 
-        def start():
+        def start(count):
             env = {**os.environ, "REDIS_URL": f"redis://localhost:{port}", "PYTHONPATH": str(HERE)}
-            return self.start(script=self.folder / "scale.py", env=env)
+            return [self.use(chat) for chat in [Chat(script=self.folder / "scale.py", env=env) for _ in range(count)]]
 
-        redis, chats = start_redis(), [start(), start()]
+        redis, chats = start_redis(), start(2)
         ann, bob = (self.guest(nick, chat) for nick, chat in zip(("Ann", "Bob"), chats, strict=True))
         ann.until("Bob joined")
         for i in range(20):
@@ -1270,7 +1273,7 @@ class TheReadme(PageTest):
         for guest, chat in zip((ann, bob), chats, strict=True):
             guest.vanish()
             self.assertEqual(chat.stop(), (0, ""))
-        chat, history = start(), []
+        (chat,), history = start(1), []
         while history != [*said, "wait for Redis"]:  # it is still reading the stream
             newcomer = self.guest(chat=chat)
             history = [line["message"] for line in newcomer.frame()["data"]]
