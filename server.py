@@ -138,7 +138,7 @@ def flush():
     # arrive together leave together: when 1,000 people speak at once, the server sends 1,000 texts with 1,000
     # messages in each.  A message that arrives alone leaves alone, at once.
     news = outbox.copy()
-    outbox.clear()  # before all else: if that fails, the next message must still find the outbox empty
+    outbox.clear()  # before anything that can fail: else broadcast would never call for a flush again
     text = json.dumps({"type": "list", "data": news, "online": len(connections)})
     for con in connections:  # This set does not change meanwhile: Tornado calls on_close in a later round.
         with contextlib.suppress(websocket.WebSocketClosedError):  # this client is leaving
@@ -172,8 +172,8 @@ class PublicWSHandler(WSHandler):
             super().on_message(data)
         # Tornado waits for what on_message returns before it reads this client's next text.  Until then, the
         # client's texts stay in TCP's buffers.  When the buffers are full, TCP makes the client wait.  This is
-        # called backpressure: a client that floods the room slows down itself, and nobody else.  (gen.sleep is
-        # Tornado's asyncio.sleep.  It returns a future, which is quiet when the server stops.)
+        # called backpressure: a client that floods the room slows down itself, and nobody else.  (gen.sleep
+        # returns a future, so this method need not be async.  An async one would print errors when the server stops.)
         return gen.sleep(PAUSE)
 
 
@@ -267,7 +267,7 @@ class FastWSHandler(PublicWSHandler):
         while self.waiting and not stream.writing():
             data = self.waiting.pop(0)
             with contextlib.suppress(OSError):  # TCP has no room at all
-                data = data[stream.write_to_fd(data):]  # what TCP has not taken
+                data = data[stream.write_to_fd(data):]  # write_to_fd returns how many bytes TCP has taken
             if data:  # Tornado sends it when there is room, and then calls send_waiting.
                 stream.write(data).add_done_callback(self.send_waiting)
         if not stream.writing():
@@ -342,7 +342,7 @@ def command_line():
 async def goodbye():
     """Send what has arrived, close all connections, and wait up to 2 seconds for the clients' answers."""
     await asyncio.sleep(0.1)  # Texts that have arrived already go through on_message and flush meanwhile.
-    for _ in range(40):
+    for _ in range(40):  # 2 seconds, or less when nobody is left
         for con in connections:  # again each time, because a client may come in meanwhile
             con.close(1001, "the server stops")  # 1001 means: going away (RFC 6455, section 7.4)
         await asyncio.sleep(0.05 if connections else 0)

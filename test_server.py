@@ -671,6 +671,8 @@ class PageTest(ChatTest):
         if jquery:
             page.route("https://code.jquery.com/**", jquery)
         page.goto(url or f"http://localhost:{self.proxy.port}/", wait_until="commit" if jquery else "load")
+        if not jquery:
+            page.evaluate("new Promise(ready => jQuery(ready))")
         if nick:
             self.join(page, nick)
         return page
