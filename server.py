@@ -137,9 +137,8 @@ def flush():
     # arrived, and calls the handlers for all of it; then it calls what call_soon was given.  So messages that
     # arrive together leave together: when 1,000 people speak at once, the server sends 1,000 texts with 1,000
     # messages in each.  A message that arrives alone leaves alone, at once.
-    news = outbox.copy()
-    outbox.clear()  # before anything that can fail: else broadcast would never call for a flush again
-    text = json.dumps({"type": "list", "data": news, "online": len(connections)})
+    text = json.dumps({"type": "list", "data": outbox, "online": len(connections)})
+    outbox.clear()
     for con in connections:  # This set does not change meanwhile: Tornado calls on_close in a later round.
         with contextlib.suppress(websocket.WebSocketClosedError):  # this client is leaving
             con.write_message(text)
@@ -172,17 +171,17 @@ class PublicWSHandler(WSHandler):
             super().on_message(data)
         # Tornado waits for what on_message returns before it reads this client's next text.  Until then, the
         # client's texts stay in TCP's buffers.  When the buffers are full, TCP makes the client wait.  This is
-        # called backpressure: a client that floods the room slows down itself, and nobody else.  (gen.sleep
-        # returns a future, so this method need not be async.  An async one would print errors when the server stops.)
+        # called backpressure: a client that floods the room slows down itself, and nobody else.  (The method could
+        # be async and await a sleep.  But asyncio logs an error for each that it must cancel when the server stops.)
         return gen.sleep(PAUSE)
 
 
 def parse(text):
     """Return the JSON object in a client's text; an empty one if there is none."""
-    fields = None
     with contextlib.suppress(ValueError, RecursionError):  # RecursionError: thousands of nested brackets
-        fields = json.loads(text) if isinstance(text, str) else None  # a client can also send bytes
-    return fields if isinstance(fields, dict) else {}
+        if isinstance(text, str) and isinstance(fields := json.loads(text), dict):  # a client can also send bytes
+            return fields
+    return {}
 
 
 def check(fields, nick):
@@ -260,13 +259,13 @@ class FastWSHandler(PublicWSHandler):
         self.send_waiting()
 
     def send_waiting(self, *args):
-        """Give TCP as many frames as it takes now."""
+        """Give TCP as many frames as it takes now.  (As a callback, it gets a future, and ignores it.)"""
         if self.ws_connection is None or self.ws_connection.is_closing():
             return  # this client is leaving
         stream = self.ws_connection.stream
         while self.waiting and not stream.writing():
             data = self.waiting.pop(0)
-            with contextlib.suppress(OSError):  # TCP has no room at all
+            with contextlib.suppress(OSError):  # TCP takes nothing, or the connection is broken, as Tornado will see
                 data = data[stream.write_to_fd(data):]  # write_to_fd returns how many bytes TCP has taken
             if data:  # Tornado sends it when there is room, and then calls send_waiting.
                 stream.write(data).add_done_callback(self.send_waiting)
@@ -295,8 +294,8 @@ def frame(text):
 # Part 4: how it starts
 # =================================================================================================
 
-# The settings at the end: the largest text that a client may send, in bytes; and the seconds between pings.  Tornado
-# disconnects a client that has not answered one ping when the next is due.
+# Tornado disconnects a client that sends a text of more than 32 KiB.  It sends a ping to each client every 20 seconds,
+# and disconnects one that has not answered when the next ping is due.
 application = web.Application([
     (r"/", MainHandler),        # HTML chat homepage
     (r"/chat", FastWSHandler),  # WebSocket server; PublicWSHandler or WSHandler can stand here, too
@@ -308,10 +307,10 @@ HEARTBEAT = 10  # seconds.  The page waits for 20.
 async def main():
     """Run the chat until Ctrl+C or the signal SIGTERM stops it."""
     options = command_line()
-    # Requests here have no body, and must be complete within 20 seconds.
+    # A client must send its request within 20 seconds.  It may announce a body, but none is accepted.
     http_server = LimitedHTTPServer(application, max_body_size=0, idle_connection_timeout=20, body_timeout=20)
     try:
-        http_server.listen(options.port, options.address)  # Post: port 8888, open to the whole network
+        http_server.listen(options.port, options.address)  # Post: listen(8888), which let in the whole network
     except (OSError, UnicodeError) as error:
         raise SystemExit(f"Cannot listen on {options.address}, port {options.port}: {error}")
     host = f"[{options.address}]" if ":" in options.address else options.address
@@ -342,10 +341,11 @@ def command_line():
 async def goodbye():
     """Send what has arrived, close all connections, and wait up to 2 seconds for the clients' answers."""
     await asyncio.sleep(0.1)  # Texts that have arrived already go through on_message and flush meanwhile.
-    for _ in range(40):  # 2 seconds, or less when nobody is left
+    end = time.monotonic() + 2
+    while connections and time.monotonic() < end:
         for con in connections:  # again each time, because a client may come in meanwhile
             con.close(1001, "the server stops")  # 1001 means: going away (RFC 6455, section 7.4)
-        await asyncio.sleep(0.05 if connections else 0)
+        await asyncio.sleep(0.05)
 
 
 if __name__ == "__main__":

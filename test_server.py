@@ -936,7 +936,7 @@ class ThePageIsGoodToRead(PageTest):
 
     CHANGES = "server.PAUSE = 0"
 
-    def test_names_times_colours_and_scripts(self):
+    def test_names_times_and_scripts(self):
         ann, bob, user50, user51 = self.window("Ann"), *map(self.guest, ("Bob", "User50", "User51"))
         for i, (guest, message) in enumerate([
                 (bob, "one"), (bob, "two  spaces\nand a break"), (user50, "fifty"), (user51, "fifty-one"), (bob, "مرحبا Bob!")]):
@@ -956,15 +956,10 @@ class ThePageIsGoodToRead(PageTest):
         self.assertLess(edges[1] - edges[0], 20)
         for field in "#nick", "#message":
             expect(ann.locator(field)).to_have_attribute("dir", "auto")
-        for scheme in "light", "dark":
-            ann.emulate_media(color_scheme=scheme)
-            hues = [float(ann.locator("b", has_text=nick).evaluate("b => getComputedStyle(b).color").split()[-1].strip(")"))
-                    for nick in ("User50", "User51")]
-            self.assertTrue(60 < (hues[0] - hues[1]) % 360 < 300, hues)
         year = f"{time.localtime().tm_year}"
         self.assertNotIn(year, ann.locator("#chat").inner_text())
         tomorrow = self.window("Tom", clock=time.time() + 86400)
-        expect(tomorrow.locator("#chat time", has_text=year)).to_have_count(1)
+        expect(tomorrow.locator("#chat time", has_text=year)).to_have_count(5)
 
     def test_an_address_becomes_a_link_and_ends_where_a_person_would_end_it(self):
         ann, bob, wiki = self.window("Ann"), self.guest("Bob"), "https://en.wikipedia.org/wiki/Blur_(band)"
@@ -1125,7 +1120,7 @@ class ThePageIsGoodToRead(PageTest):
         self.guest("Bot").say("W" * 99)
         page.evaluate("ws.send('bad')")
         expect(page.locator("#chat li.error")).to_be_in_viewport()
-        for i in range(30):  # nicks of every colour
+        for i in range(30):
             self.guest(f"User{i}").say("the last line")
         expect(page.locator("#chat b")).to_have_count(31)
         page.emulate_media(media="print")
