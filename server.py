@@ -53,7 +53,7 @@ from tornado import gen, httpserver, ioloop, web, websocket
 HISTORY = 100    # how many messages a new client gets
 MEMORY = 10_000  # how many messages the server keeps, to recognise those that are sent again
 
-connections = set()  # Post: a list.  Python had to search the list for each client that left.
+connections = set()  # Post: a list, with a check before each append and each remove.  A set needs no checks.
 messages = {}        # Post: a list, which grew for ever.  Now each message is under its id, the oldest first.
 outbox = []          # New: what the server is about to send.
 
@@ -66,7 +66,7 @@ class MainHandler(web.RequestHandler):
         # name is an idea of the post's second server.  The nonce lets the page's own scripts run, and no others.
         self.render("test.html", guest=f"User{secrets.randbelow(101)}", nonce=secrets.token_urlsafe(), history=HISTORY)
 
-    head = get  # HEAD is a GET for the headers alone, as monitors send it.  Tornado leaves out the page.
+    head = get  # HEAD asks for the headers alone, as monitors do.  Tornado does not send the page then.
 
 
 class WSHandler(websocket.WebSocketHandler):
@@ -115,12 +115,13 @@ class WSHandler(websocket.WebSocketHandler):
 def broadcast(**message):
     """Put a message or a notice into the outbox, which flush will send to all.  Messages are kept, too."""
     # Post: for con in connections:
-    #           messages.append(data)     kept the message once for each client
-    #           con.write_json(data)      a TypeError: write_json takes keyword arguments
+    #           messages.append(data)
+    #           con.write_json(data)
     #
-    # With both mended, this loop works, but not in a crowd.  When 1,000 people say something at the same time,
-    # it sends each of their messages to each of them.  That is a million calls to the operating system.
-    # So broadcast does not send: it waits for what else comes in, and flush sends it all together.
+    # This kept the message once for each client, and write_json(data) is a TypeError: it takes keyword arguments.
+    # With both mended, the loop works, but not in a crowd.  When 1,000 people say something at the same time, it
+    # sends each of their messages to each of them.  That is a million calls to the operating system.
+    # So broadcast does not send.  It collects what comes in at the same time, and flush sends it all together.
     message = {"time": round(time.time(), 2), **message}
     if message["type"] == "message":
         messages[message["id"]] = message
@@ -168,11 +169,11 @@ class PublicWSHandler(WSHandler):
                 error["id"] = fields["id"]
             self.write_json(type="list", data=[error], online=len(connections))
         else:
-            super().on_message(data)
+            super().on_message(data)  # This parses the text once more.
         # Tornado waits for what on_message returns before it reads this client's next text.  Until then, the
         # client's texts stay in TCP's buffers.  When the buffers are full, TCP makes the client wait.  This is
-        # called backpressure: a client that floods the room slows down itself, and nobody else.  (The method could
-        # be async and await a sleep.  But asyncio logs an error for each that it must cancel when the server stops.)
+        # called backpressure: a client that floods the room slows down itself, and nobody else.  (An async method
+        # could await a sleep.  But when the server stops meanwhile, asyncio would log an error for each such client.)
         return gen.sleep(PAUSE)
 
 
@@ -203,7 +204,7 @@ def check(fields, nick):
 
 def check_text(name, text):
     """Raise ValueError, with a sentence for the client, if a nick, message or id is not a proper text."""
-    if not isinstance(text, str) or not any(sign.isprintable() and sign not in BLANKS + " " for sign in text):
+    if not isinstance(text, str) or all(sign in BLANKS + " " or not sign.isprintable() for sign in text):
         raise ValueError(f"The {name} must be visible text.")
     if len(text) > LENGTHS[name]:
         raise ValueError(f"The {name} has {len(text):,} characters, and {LENGTHS[name]:,} is the most.")
@@ -232,7 +233,7 @@ class LimitedHTTPServer(httpserver.HTTPServer):
 
 # =================================================================================================
 # Part 3: speed.  You can skip it at first.  Without it, sending takes three times as long, and a
-# client that answers pings but does not read its texts is never disconnected.
+# client that reads nothing, but sends answers to pings unasked, is never disconnected.
 #
 # A WebSocket sends each text in a frame: a header that says how long the text is, then the text.
 # Tornado's write_message makes a new frame for each client, and a task that waits until the frame
@@ -250,7 +251,7 @@ class FastWSHandler(PublicWSHandler):
 
     def open(self):
         self.set_nodelay(True)  # Without this, TCP may hold a short text back to send it with the next one.
-        # The frames that wait for TCP to have room, and the last time at which there were none.
+        # waiting: the frames that wait until TCP has room.  caught_up: when there was none the last time.
         self.waiting, self.caught_up = [], time.monotonic()
         super().open()
 
@@ -301,7 +302,7 @@ application = web.Application([
     (r"/chat", FastWSHandler),  # WebSocket server; PublicWSHandler or WSHandler can stand here, too
 ], websocket_max_message_size=32 * 1024, websocket_ping_interval=20)
 
-HEARTBEAT = 10  # seconds.  The page waits for 20.
+HEARTBEAT = 10  # seconds.  The page connects again when it has heard nothing for 20.
 
 
 async def main():
@@ -320,7 +321,7 @@ async def main():
     ioloop.PeriodicCallback(flush, HEARTBEAT * 1000).start()
     loop, stop = asyncio.get_running_loop(), asyncio.Event()
     for signum in signal.SIGINT, signal.SIGTERM:  # SIGINT is Ctrl+C
-        signal.signal(signum, lambda *args: loop.call_soon_threadsafe(stop.set))  # this also wakes up the loop
+        signal.signal(signum, lambda *args: loop.call_soon_threadsafe(stop.set))  # works on Windows, too
     await stop.wait()
     http_server.stop()
     await goodbye()

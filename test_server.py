@@ -1079,7 +1079,7 @@ class ThePageIsGoodToRead(PageTest):
         bob.until("history 29")
         ann = self.window(clock=time.time())
         ann.evaluate("""() => {
-            const log = document.querySelector('[role=log]');
+            const log = document.querySelector('#chat');
             window.read = [];
             new MutationObserver(records => records.forEach(record => record.addedNodes.forEach(
                 node => log.ariaLive === 'off' || window.read.push(node.textContent)))).observe(log, {childList: true, subtree: true});
@@ -1089,7 +1089,7 @@ class ThePageIsGoodToRead(PageTest):
         }""")
         self.join(ann, "Ann")
         self.shows(ann, "history 29")
-        self.runs(ann, "() => document.querySelector('[role=log]').ariaLive === 'polite'")
+        self.runs(ann, "() => document.querySelector('#chat').ariaLive === 'polite'")
         self.post(ann, "my own line")
         self.shows(ann, "my own line")
         read = ann.evaluate("window.read")
