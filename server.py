@@ -63,7 +63,7 @@ class MainHandler(web.RequestHandler):
 
     def get(self):
         # Tornado puts these values in where test.html has {{ guest }}, {{ nonce }} and {{ history }}.  The guest's
-        # name is an idea of the post's second server.  The nonce lets the page's own scripts run, and no others.
+        # name is an idea of the post's second server.  The nonce lets the page's scripts and jQuery run, and no others.
         self.render("test.html", guest=f"User{secrets.randbelow(101)}", nonce=secrets.token_urlsafe(), history=HISTORY)
 
     head = get  # HEAD asks for the headers alone, as monitors do.  Tornado does not send the page then.
@@ -153,7 +153,7 @@ def flush():
 LENGTHS = {"nick": 30, "message": 1000, "id": 64}  # how long each may be, in characters
 LINES = 20    # how many lines a message may have
 PAUSE = 0.02  # seconds that a client must wait after each text
-BLANKS = "\u034f\u115f\u1160\u2800\u3164\ufe0e\ufe0f\uffa0"  # Python finds these printable, but nobody sees them
+BLANKS = " \u034f\u115f\u1160\u2800\u3164\ufe0e\ufe0f\uffa0"  # Python finds these printable, but nobody sees them
 
 
 class PublicWSHandler(WSHandler):
@@ -165,15 +165,13 @@ class PublicWSHandler(WSHandler):
             check(fields, self.nick)
         except ValueError as problem:
             error = {"type": "error", "message": str(problem)}
-            if isinstance(fields.get("id"), str):
-                error["id"] = fields["id"]
+            error |= {"id": fields["id"]} if isinstance(fields.get("id"), str) else {}
             self.write_json(type="list", data=[error], online=len(connections))
         else:
-            super().on_message(data)  # This parses the text once more.
+            super().on_message(data)
         # Tornado waits for what on_message returns before it reads this client's next text.  Until then, the
         # client's texts stay in TCP's buffers.  When the buffers are full, TCP makes the client wait.  This is
-        # called backpressure: a client that floods the room slows down itself, and nobody else.  (An async method
-        # could await a sleep.  But when the server stops meanwhile, asyncio would log an error for each such client.)
+        # called backpressure: a client that floods the room slows down itself, and nobody else.
         return gen.sleep(PAUSE)
 
 
@@ -196,23 +194,26 @@ def check(fields, nick):
         names = ["message"] if nick else ["message", "nick"]
     else:
         raise ValueError('Send a JSON object with the type "new_message" or, once, "join".')
-    if "id" in fields:
-        names.append("id")
-    for name in names:
+    for name in names + (["id"] if "id" in fields else []):
         check_text(name, fields.get(name))
 
 
 def check_text(name, text):
     """Raise ValueError, with a sentence for the client, if a nick, message or id is not a proper text."""
-    if not isinstance(text, str) or all(sign in BLANKS + " " or not sign.isprintable() for sign in text):
+    if not isinstance(text, str) or not any(map(visible, text)):
         raise ValueError(f"The {name} must be visible text.")
     if len(text) > LENGTHS[name]:
         raise ValueError(f"The {name} has {len(text):,} characters, and {LENGTHS[name]:,} is the most.")
     if name == "message" and len(text.splitlines()) > LINES:
         raise ValueError(f"The message has {len(text.splitlines()):,} lines, and {LINES} is the most.")
     # A nick with a line break could look like a notice, and one with invisible characters like another nick.
-    if name == "nick" and not (text.isprintable() and set(text).isdisjoint(BLANKS)):
+    if name == "nick" and not all(sign == " " or visible(sign) for sign in text):
         raise ValueError("The nick must not have invisible characters.")
+
+
+def visible(sign):
+    """Return whether people see a character.  (Emoji are from U+1F000 on.  Python does not know the latest.)"""
+    return sign not in BLANKS and (sign.isprintable() or "\U0001f000" <= sign < "\U0001fc00")
 
 
 class LimitedHTTPServer(httpserver.HTTPServer):
@@ -233,7 +234,7 @@ class LimitedHTTPServer(httpserver.HTTPServer):
 
 # =================================================================================================
 # Part 3: speed.  You can skip it at first.  Without it, sending takes three times as long, and a
-# client that reads nothing, but sends answers to pings unasked, is never disconnected.
+# client that reads nothing is never disconnected, if only it sends the answers to pings.
 #
 # A WebSocket sends each text in a frame: a header that says how long the text is, then the text.
 # Tornado's write_message makes a new frame for each client, and a task that waits until the frame
@@ -251,7 +252,7 @@ class FastWSHandler(PublicWSHandler):
 
     def open(self):
         self.set_nodelay(True)  # Without this, TCP may hold a short text back to send it with the next one.
-        # waiting: the frames that wait until TCP has room.  caught_up: when there was none the last time.
+        # waiting: the frames for which TCP has no room yet.  caught_up: the last time at which none had to wait.
         self.waiting, self.caught_up = [], time.monotonic()
         super().open()
 
@@ -266,7 +267,7 @@ class FastWSHandler(PublicWSHandler):
         stream = self.ws_connection.stream
         while self.waiting and not stream.writing():
             data = self.waiting.pop(0)
-            with contextlib.suppress(OSError):  # TCP takes nothing, or the connection is broken, as Tornado will see
+            with contextlib.suppress(OSError):  # TCP has no room at all.  (Or it is broken: then Tornado will see.)
                 data = data[stream.write_to_fd(data):]  # write_to_fd returns how many bytes TCP has taken
             if data:  # Tornado sends it when there is room, and then calls send_waiting.
                 stream.write(data).add_done_callback(self.send_waiting)
@@ -344,7 +345,7 @@ async def goodbye():
     await asyncio.sleep(0.1)  # Texts that have arrived already go through on_message and flush meanwhile.
     end = time.monotonic() + 2
     while connections and time.monotonic() < end:
-        for con in connections:  # again each time, because a client may come in meanwhile
+        for con in connections:  # again each time, because a handshake may end meanwhile
             con.close(1001, "the server stops")  # 1001 means: going away (RFC 6455, section 7.4)
         await asyncio.sleep(0.05)
 
