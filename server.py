@@ -120,7 +120,7 @@ def broadcast(**message):
     #
     # This kept the message once for each client, and write_json(data) is a TypeError: it takes keyword arguments.
     # With both mended, the loop works, but not in a crowd.  When 1,000 people say something at the same time, it
-    # sends each of their messages to each of them.  That is a million calls to the operating system.
+    # sends 1,000 messages to 1,000 people, one by one.  That is a million calls to the operating system.
     # So broadcast does not send.  It collects what comes in at the same time, and flush sends it all together.
     message = {"time": round(time.time(), 2), **message}
     if message["type"] == "message":
@@ -165,7 +165,8 @@ class PublicWSHandler(WSHandler):
             check(fields, self.nick)
         except ValueError as problem:
             error = {"type": "error", "message": str(problem)}
-            error |= {"id": fields["id"]} if isinstance(fields.get("id"), str) else {}
+            if isinstance(fields.get("id"), str):
+                error["id"] = fields["id"]
             self.write_json(type="list", data=[error], online=len(connections))
         else:
             super().on_message(data)
@@ -212,7 +213,7 @@ def check_text(name, text):
 
 
 def visible(sign):
-    """Return whether people see a character.  (Emoji are from U+1F000 on.  Python does not know the latest.)"""
+    """Return whether people see a character.  (Some emoji from U+1F000 on are newer than this Python.)"""
     return sign not in BLANKS and (sign.isprintable() or "\U0001f000" <= sign < "\U0001fc00")
 
 
@@ -234,7 +235,7 @@ class LimitedHTTPServer(httpserver.HTTPServer):
 
 # =================================================================================================
 # Part 3: speed.  You can skip it at first.  Without it, sending takes three times as long, and a
-# client that reads nothing is never disconnected, if only it sends the answers to pings.
+# client that reads nothing is never disconnected, as long as it sends the answers to pings.
 #
 # A WebSocket sends each text in a frame: a header that says how long the text is, then the text.
 # Tornado's write_message makes a new frame for each client, and a task that waits until the frame
@@ -261,13 +262,13 @@ class FastWSHandler(PublicWSHandler):
         self.send_waiting()
 
     def send_waiting(self, *args):
-        """Give TCP as many frames as it takes now.  (As a callback, it gets a future, and ignores it.)"""
+        """Give TCP as many frames as it takes now.  (The argument of a callback is of no use here.)"""
         if self.ws_connection is None or self.ws_connection.is_closing():
             return  # this client is leaving
         stream = self.ws_connection.stream
         while self.waiting and not stream.writing():
             data = self.waiting.pop(0)
-            with contextlib.suppress(OSError):  # TCP has no room at all.  (Or it is broken: then Tornado will see.)
+            with contextlib.suppress(OSError):  # TCP has no room at all, or is broken, which Tornado will notice
                 data = data[stream.write_to_fd(data):]  # write_to_fd returns how many bytes TCP has taken
             if data:  # Tornado sends it when there is room, and then calls send_waiting.
                 stream.write(data).add_done_callback(self.send_waiting)
@@ -345,7 +346,7 @@ async def goodbye():
     await asyncio.sleep(0.1)  # Texts that have arrived already go through on_message and flush meanwhile.
     end = time.monotonic() + 2
     while connections and time.monotonic() < end:
-        for con in connections:  # again each time, because a handshake may end meanwhile
+        for con in connections:  # each time, as somebody whose handshake had begun may have come in
             con.close(1001, "the server stops")  # 1001 means: going away (RFC 6455, section 7.4)
         await asyncio.sleep(0.05)
 
