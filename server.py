@@ -63,7 +63,7 @@ class MainHandler(web.RequestHandler):
 
     def get(self):
         # Tornado puts these values in where test.html has {{ guest }}, {{ nonce }} and {{ history }}.  The guest's
-        # name is an idea of the post's second server.  The nonce lets the page's scripts and jQuery run, and no others.
+        # name is an idea of the post's second server.  The nonce lets in the page's own scripts and styles, no others.
         self.render("test.html", guest=f"User{secrets.randbelow(101)}", nonce=secrets.token_urlsafe(), history=HISTORY)
 
     head = get  # HEAD asks for the headers alone, as monitors do.  Tornado does not send the page then.
@@ -207,13 +207,13 @@ def check_text(name, text):
         raise ValueError(f"The {name} has {len(text):,} characters, and {LENGTHS[name]:,} is the most.")
     if name == "message" and len(text.splitlines()) > LINES:
         raise ValueError(f"The message has {len(text.splitlines()):,} lines, and {LINES} is the most.")
-    # A nick with a line break could look like a notice, and one with invisible characters like another nick.
-    if name == "nick" and not all(sign == " " or visible(sign) for sign in text):
-        raise ValueError("The nick must not have invisible characters.")
+    # A nick with a line break could look like a notice, and one with more that nobody sees like another nick.
+    if name == "nick" and (text != " ".join(text.split()) or not all(sign == " " or visible(sign) for sign in text)):
+        raise ValueError("The nick must not have invisible characters or needless spaces.")
 
 
 def visible(sign):
-    """Return whether people see a character.  (Some emoji from U+1F000 on are newer than this Python.)"""
+    """Return whether people see a character.  (From U+1F000 on are emoji, and this Python may not know the newest.)"""
     return sign not in BLANKS and (sign.isprintable() or "\U0001f000" <= sign < "\U0001fc00")
 
 
@@ -235,7 +235,7 @@ class LimitedHTTPServer(httpserver.HTTPServer):
 
 # =================================================================================================
 # Part 3: speed.  You can skip it at first.  Without it, sending takes three times as long, and a
-# client that reads nothing is never disconnected, as long as it sends the answers to pings.
+# client that reads nothing, but pretends to answer pings, is never disconnected.
 #
 # A WebSocket sends each text in a frame: a header that says how long the text is, then the text.
 # Tornado's write_message makes a new frame for each client, and a task that waits until the frame
@@ -261,17 +261,17 @@ class FastWSHandler(PublicWSHandler):
         self.waiting.append(frame(message))
         self.send_waiting()
 
-    def send_waiting(self, *args):
-        """Give TCP as many frames as it takes now.  (The argument of a callback is of no use here.)"""
+    def send_waiting(self):
+        """Give TCP as many frames as it takes now."""
         if self.ws_connection is None or self.ws_connection.is_closing():
             return  # this client is leaving
         stream = self.ws_connection.stream
-        while self.waiting and not stream.writing():
+        while self.waiting and not stream.writing() and not stream.closed():
             data = self.waiting.pop(0)
             with contextlib.suppress(OSError):  # TCP has no room at all, or is broken, which Tornado will notice
                 data = data[stream.write_to_fd(data):]  # write_to_fd returns how many bytes TCP has taken
             if data:  # Tornado sends it when there is room, and then calls send_waiting.
-                stream.write(data).add_done_callback(self.send_waiting)
+                stream.write(data).add_done_callback(lambda future: self.send_waiting())
         if not stream.writing():
             self.caught_up = time.monotonic()
         elif time.monotonic() - self.caught_up > PATIENCE:
