@@ -153,7 +153,8 @@ def flush():
 LENGTHS = {"nick": 30, "message": 1000, "id": 64}  # how long each may be, in characters
 LINES = 20    # how many lines a message may have
 PAUSE = 0.02  # seconds that a client must wait after each text
-BLANKS = " \u034f\u115f\u1160\u2800\u3164\ufe0e\ufe0f\uffa0"  # Python finds these printable, but nobody sees them
+# Python finds these printable, but nobody sees them.
+BLANK = {*" \u034f\u115f\u1160\u17b4\u17b5\u180b\u180c\u180d\u180f\u2800\u3164\uffa0", *map(chr, range(0xfe00, 0xfe10))}
 
 
 class PublicWSHandler(WSHandler):
@@ -207,14 +208,14 @@ def check_text(name, text):
         raise ValueError(f"The {name} has {len(text):,} characters, and {LENGTHS[name]:,} is the most.")
     if name == "message" and len(text.splitlines()) > LINES:
         raise ValueError(f"The message has {len(text.splitlines()):,} lines, and {LINES} is the most.")
-    # A nick with a line break could look like a notice, and one with more that nobody sees like another nick.
-    if name == "nick" and (text != " ".join(text.split()) or not all(sign == " " or visible(sign) for sign in text)):
-        raise ValueError("The nick must not have invisible characters or needless spaces.")
+    # A nick with a line break could look like a notice, and one with an invisible character like another nick.
+    if name == "nick" and (text != text.strip() or not all(sign == " " or visible(sign) for sign in text)):
+        raise ValueError("The nick must not have invisible characters, or spaces at its ends.")
 
 
 def visible(sign):
     """Return whether people see a character.  (From U+1F000 on are emoji, and this Python may not know the newest.)"""
-    return sign not in BLANKS and (sign.isprintable() or "\U0001f000" <= sign < "\U0001fc00")
+    return sign not in BLANK and (sign.isprintable() or "\U0001f000" <= sign) and sign < "\U000e0000"
 
 
 class LimitedHTTPServer(httpserver.HTTPServer):
@@ -235,7 +236,7 @@ class LimitedHTTPServer(httpserver.HTTPServer):
 
 # =================================================================================================
 # Part 3: speed.  You can skip it at first.  Without it, sending takes three times as long, and a
-# client that reads nothing, but pretends to answer pings, is never disconnected.
+# client that reads nothing, but sends the answers to pings all the same, is never disconnected.
 #
 # A WebSocket sends each text in a frame: a header that says how long the text is, then the text.
 # Tornado's write_message makes a new frame for each client, and a task that waits until the frame
@@ -253,7 +254,7 @@ class FastWSHandler(PublicWSHandler):
 
     def open(self):
         self.set_nodelay(True)  # Without this, TCP may hold a short text back to send it with the next one.
-        # waiting: the frames for which TCP has no room yet.  caught_up: the last time at which none had to wait.
+        # waiting: the frames for which TCP has no room yet.  caught_up: when this list was empty last.
         self.waiting, self.caught_up = [], time.monotonic()
         super().open()
 
