@@ -317,14 +317,14 @@ async def main():
         http_server.listen(options.port, options.address)  # Post: listen(8888), which let in the whole network
     except (OSError, UnicodeError) as error:
         raise SystemExit(f"Cannot listen on {options.address}, port {options.port}: {error}")
-    host = f"[{options.address}]" if ":" in options.address else options.address
-    print(f"ScopyChat is open at http://{host}:{options.port}/ (Ctrl+C closes it)", flush=True)
     # When a network dies, nobody tells the page, and a page does not see pings.  So the server sends a list every
     # 10 seconds, even an empty one.  A page that gets none knows that it must connect again.
     ioloop.PeriodicCallback(flush, HEARTBEAT * 1000).start()
     loop, stop = asyncio.get_running_loop(), asyncio.Event()
     for signum in signal.SIGINT, signal.SIGTERM:  # SIGINT is Ctrl+C
         signal.signal(signum, lambda *args: loop.call_soon_threadsafe(stop.set))  # works on Windows, too
+    host = f"[{options.address}]" if ":" in options.address else options.address
+    print(f"ScopyChat is open at http://{host}:{options.port}/ (Ctrl+C closes it)", flush=True)
     await stop.wait()
     http_server.stop()
     await goodbye()
