@@ -313,8 +313,8 @@ async def main():
     options = command_line()
     # A client must send its request within 20 seconds.  It may announce a body, but none is accepted.
     http_server = LimitedHTTPServer(application, max_body_size=0, idle_connection_timeout=20, body_timeout=20)
-    try:
-        http_server.listen(options.port, options.address)  # Post: listen(8888), which let in the whole network
+    try:  # Post: listen(8888), which let in the whole network.  An empty address would do so, too.
+        http_server.listen(options.port, options.address or "localhost")
     except (OSError, UnicodeError) as error:
         raise SystemExit(f"Cannot listen on {options.address}, port {options.port}: {error}")
     # When a network dies, nobody tells the page, and a page does not see pings.  So the server sends a list every
@@ -322,8 +322,9 @@ async def main():
     ioloop.PeriodicCallback(flush, HEARTBEAT * 1000).start()
     loop, stop = asyncio.get_running_loop(), asyncio.Event()
     for signum in signal.SIGINT, signal.SIGTERM:  # SIGINT is Ctrl+C
-        signal.signal(signum, lambda *args: loop.call_soon_threadsafe(stop.set))  # works on Windows, too
-    host = f"[{options.address}]" if ":" in options.address else options.address
+        with contextlib.suppress(NotImplementedError):  # On Windows, Ctrl+C ends the script without a goodbye.
+            loop.add_signal_handler(signum, stop.set)
+    host = f"[{options.address}]" if ":" in options.address else options.address or "localhost"
     print(f"ScopyChat is open at http://{host}:{options.port}/ (Ctrl+C closes it)", flush=True)
     await stop.wait()
     http_server.stop()
@@ -338,7 +339,6 @@ def command_line():
     options = parser.parse_args()
     if not 0 < options.port < 65536:
         parser.error("argument --port: a TCP port is a number from 1 to 65535")
-    options.address = options.address or "localhost"  # For Tornado, an empty address means the whole network.
     return options
 
 
