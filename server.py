@@ -153,7 +153,7 @@ def flush():
 LENGTHS = {"nick": 30, "message": 1000, "id": 64}  # how long each may be, in characters
 LINES = 20    # how many lines a message may have
 PAUSE = 0.02  # seconds that a client must wait after each text
-# Python finds these printable, but nobody sees them.
+# isprintable accepts these characters, but nobody sees them.
 BLANK = {*" \u034f\u115f\u1160\u17b4\u17b5\u180b\u180c\u180d\u180f\u2800\u3164\uffa0", *map(chr, range(0xfe00, 0xfe10))}
 
 
@@ -214,7 +214,7 @@ def check_text(name, text):
 
 
 def visible(sign):
-    """Return whether people see a character.  (From U+1F000 on are emoji, and this Python may not know the newest.)"""
+    """Return whether people see a character.  (This Python may not know the newest emoji, from U+1F000 on.)"""
     return sign not in BLANK and (sign.isprintable() or "\U0001f000" <= sign) and sign < "\U000e0000"
 
 
@@ -236,7 +236,7 @@ class LimitedHTTPServer(httpserver.HTTPServer):
 
 # =================================================================================================
 # Part 3: speed.  You can skip it at first.  Without it, sending takes three times as long, and a
-# client that reads nothing, but sends the answers to pings all the same, is never disconnected.
+# client that sends answers to pings, but reads nothing, is never disconnected.
 #
 # A WebSocket sends each text in a frame: a header that says how long the text is, then the text.
 # Tornado's write_message makes a new frame for each client, and a task that waits until the frame
@@ -246,7 +246,7 @@ class LimitedHTTPServer(httpserver.HTTPServer):
 # ws_connection, where the stream is found.  If a later Tornado changes that, use PublicWSHandler.
 # =================================================================================================
 
-PATIENCE = 20  # seconds after which a client must have taken what was sent to it
+PATIENCE = 20  # seconds for which a client may be behind before it is disconnected
 
 
 class FastWSHandler(PublicWSHandler):
@@ -254,7 +254,7 @@ class FastWSHandler(PublicWSHandler):
 
     def open(self):
         self.set_nodelay(True)  # Without this, TCP may hold a short text back to send it with the next one.
-        # waiting: the frames for which TCP has no room yet.  caught_up: when this list was empty last.
+        # waiting: the frames for which TCP has no room yet.  caught_up: when nothing was left to send last.
         self.waiting, self.caught_up = [], time.monotonic()
         super().open()
 
@@ -313,8 +313,8 @@ async def main():
     options = command_line()
     # A client must send its request within 20 seconds.  It may announce a body, but none is accepted.
     http_server = LimitedHTTPServer(application, max_body_size=0, idle_connection_timeout=20, body_timeout=20)
-    try:  # Post: listen(8888), which let in the whole network.  An empty address would do so, too.
-        http_server.listen(options.port, options.address or "localhost")
+    try:
+        http_server.listen(options.port, options.address)  # Post: listen(8888), which let in the whole network
     except (OSError, UnicodeError) as error:
         raise SystemExit(f"Cannot listen on {options.address}, port {options.port}: {error}")
     # When a network dies, nobody tells the page, and a page does not see pings.  So the server sends a list every
@@ -324,7 +324,7 @@ async def main():
     for signum in signal.SIGINT, signal.SIGTERM:  # SIGINT is Ctrl+C
         with contextlib.suppress(NotImplementedError):  # On Windows, Ctrl+C ends the script without a goodbye.
             loop.add_signal_handler(signum, stop.set)
-    host = f"[{options.address}]" if ":" in options.address else options.address or "localhost"
+    host = f"[{options.address}]" if ":" in options.address else options.address
     print(f"ScopyChat is open at http://{host}:{options.port}/ (Ctrl+C closes it)", flush=True)
     await stop.wait()
     http_server.stop()
@@ -335,7 +335,8 @@ def command_line():
     """Return the options that the server was started with."""
     parser = argparse.ArgumentParser(description="ScopyChat, a realtime chat on WebSockets.")
     parser.add_argument("--port", type=int, default=8888, help="default: %(default)s")
-    parser.add_argument("--address", default="localhost", help="0.0.0.0 opens the chat to the whole network")
+    # For Tornado, an empty address would mean the whole network.
+    parser.add_argument("--address", default="localhost", help="0.0.0.0 for all", type=lambda text: text or "localhost")
     options = parser.parse_args()
     if not 0 < options.port < 65536:
         parser.error("argument --port: a TCP port is a number from 1 to 65535")
