@@ -272,7 +272,7 @@ BAD = [
         "hello", "", "{", '"text"', "[]", "3", "null", "[" * 8000, '{"a":' * 1300, "9" * 8000, frame(b"\x00\xff", 0x82),
         frame({"type": "join", "nick": "Ann"}, 0x82), {}, {"type": "list"}, {"type": None}, {"type": ["join"]})),
     *(({**sent, "nick": nick}, "nick must") for sent in ({"type": "join"}, new_message("hi")) for nick in (
-        None, 3, "", " \t", "\ud800", "A\n", "A ", *(f"{it}A" for it in "\U000e0100\u202e\u200b\ufeff\xad\u3164\ufe00"))),
+        None, 3, "", " \t", "\ud800", "A\n", "A ", *(f"{c}A" for c in "\U000e0100\u202e\u200b\ufeff\xad\u3164\ufe00"))),
     *(({"type": kind, "message": "hi"}, "nick must") for kind in ("join", "new_message")),
     *((new_message(message), "message must") for message in (
         None, 7, ["hi"], {"a": 1}, "", " \n ", "\u200b", "\u2060", "\xad", "\ufeff", "\u3164", "\ud800", "\x00")),
