@@ -138,8 +138,8 @@ def flush():
     # arrived, and calls the handlers for all of it; then it calls what call_soon was given.  So messages that
     # arrive together leave together: when 1,000 people speak at once, the server sends 1,000 texts with 1,000
     # messages in each.  A message that arrives alone leaves alone, at once.
-    text = json.dumps({"type": "list", "data": outbox, "online": len(connections)})
-    outbox.clear()
+    news, outbox[:] = outbox[:], []  # first: whatever fails below, the next message finds an empty outbox
+    text = json.dumps({"type": "list", "data": news, "online": len(connections)})
     for con in connections:  # This set does not change meanwhile: Tornado calls on_close in a later round.
         with contextlib.suppress(websocket.WebSocketClosedError):  # this client is leaving
             con.write_message(text)

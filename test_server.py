@@ -259,9 +259,9 @@ class Part1TheChat(ChatTest):
             self.assertRegex(chat.stop(signal.SIGKILL)[1], "(?s)Traceback.*ZeroDivisionError", at)
 
     def test_after_a_mistake_in_the_midst_of_flush_the_next_message_is_heard(self):
-        chat = self.start(changes="server.frame = lambda text, old=server.frame: old(None if 'oops' in text else text)")
+        chat = self.start(changes="server.json.dumps = lambda x, f=server.json.dumps: f({1} if 'oh' in str(x) else x)")
         ann = self.guest("Ann", chat)
-        ann.raw(frame(new_message("oops")), frame(new_message("once more")))
+        ann.raw(frame(new_message("oh")), frame(new_message("once more")))
         ann.until("once more")
         self.assertIn("Traceback", chat.stop(signal.SIGKILL)[1])
 
