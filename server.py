@@ -7,20 +7,21 @@
     pip install tornado
     python server.py        then open http://localhost:8888/ in two windows
 
-The first part of this script, "The chat", is the post's server, with the same pieces in the same order under the same
-names.  Its mistakes are mended.  Two things are new: clients join and leave, and everybody sees how many are online.
-A comment that starts with "2012:" says what the post had in that place.
+The first part of this script, "The chat", is the post's server: its handlers, in its order, under its names, with its
+mistakes mended.  A comment that starts with "2012:" says what the post had in that place.  New are joining and leaving,
+the time of each message, and the number of clients that are online.
 
-The chat is complete.  The other parts make it fit for a real network, and you can skip them at first.  Each answers
-one question.  What if a thousand people talk at once?  What if a connection breaks?  What if a stranger sends
-nonsense?  How can it be faster?  How does it start and stop?
+With this, the chat is complete.  The other parts make it fit for a real network, and you can skip them at first.  Each
+answers a question: What if 1,000 people talk at once?  What if a connection breaks?  What if a stranger sends nonsense,
+or does not stop?  Where does the time go?  How does a server start and stop?
 
-Server and page send each other JSON objects.  A page, which is a client of this server, sends two types of them:
+Server and page send each other JSON objects.  The page, or whatever else connects, is called a client.  A client sends
+two types of objects:
 
     {"type": "join", "nick": "Ann"}                 first
     {"type": "new_message", "message": "hi"}        whenever somebody posts a message
 
-The server sends one type, a list of entries.  A new client gets the history; after that, everybody gets what is new.
+The server sends one type, a list of entries.  A new client gets the history; after that, every client gets what is new.
 
     {"type": "list", "data": [...], "online": 3}
 
@@ -35,9 +36,9 @@ import itertools
 import json
 import time
 
-from tornado import gen, httpserver, web, websocket
+from tornado import web, websocket, gen, httpserver  # The chat needs the first two of these.
 
-# Only the later parts need these:
+# Only the parts after the chat need these:
 import argparse
 import asyncio
 import functools
@@ -52,7 +53,7 @@ import unicodedata
 
 connections = set()  # 2012: a list, with a check before each append and each remove.  A set needs no checks.
 messages = collections.deque(maxlen=100)  # 2012: a list, which grew for ever.  This one keeps the newest 100.
-guests = itertools.count(1)  # the numbers of the visitors
+guests = itertools.count(1)  # 1, 2, 3 …: each visitor of the page gets a number
 
 
 class MainHandler(web.RequestHandler):
@@ -75,14 +76,14 @@ class WSHandler(websocket.WebSocketHandler):
 
     nick = None  # until the client joins
 
-    def write_json(self, *entries):
-        """Send a list of these entries to this client."""
-        # 2012: write_json(**kwargs), with json.dumps(**kwargs).  That is a TypeError: dumps wants one object.
+    def write_json(self, entries):
+        """Send a list of entries to this client."""
+        # 2012: write_json(**kwargs) called json.dumps(**kwargs).  That is a TypeError: dumps wants one object.
         self.send(list_as_json(entries))
 
     def open(self):
         connections.add(self)
-        self.write_json(*messages)  # the history
+        self.write_json(list(messages))  # the history
 
     def on_message(self, data):
         data = json.loads(data)
@@ -90,8 +91,8 @@ class WSHandler(websocket.WebSocketHandler):
             self.nick = data["nick"]
             self.announce("joined")
         else:
-            # 2012: sent data on as it came, with a nick in each message.  Here a client gives its nick once, when it
-            # joins.  (The post's page never joins.  It still works here, with the nick in each message.)
+            # 2012: data went on to everybody as it came, and the nick in it was believed.  Now a client that has joined
+            # speaks under that nick.  (The post's own page works here, too.  It never joins, so its nick is believed.)
             data.update(type="message", nick=self.nick or data["nick"], time=time.time())
             self.broadcast(data)
 
@@ -105,38 +106,39 @@ class WSHandler(websocket.WebSocketHandler):
         self.broadcast({"type": "notice", "message": f"{self.nick} {what}"})
 
     def broadcast(self, entry):
+        """Tell everybody.  (A later part first waits for what others say at the same time.)"""
         send_to_all([entry])
 
     def send(self, data):
-        # write_message raises WebSocketClosedError if the connection is closing.  Tornado will call on_close soon.
-        with contextlib.suppress(websocket.WebSocketClosedError):
+        """Send JSON to this client, if it is still there."""
+        with contextlib.suppress(websocket.WebSocketClosedError):  # It is closing.  Tornado will call on_close.
             self.write_message(data)
 
 
 def send_to_all(entries):
-    """Send a list of these entries to all clients.  Keep the messages among them for clients that come later."""
+    """Send a list of entries to all clients.  Keep the messages among them, for clients that come later."""
     # 2012: for con in connections:
     #           messages.append(data)
     #           con.write_json(data)
     #
-    # The loop would have kept a message once for each client.  And write_json(data) is a TypeError: it takes keyword
-    # arguments.
+    # This loop would have kept a message once for each client.  It also called write_json with the wrong arguments,
+    # another TypeError.
     messages.extend(entry for entry in entries if entry["type"] == "message")
-    data = list_as_json(entries)  # once, and not for each client again
+    data = list_as_json(entries)  # The same for all, so it is made before the loop.
     for con in connections:
         con.send(data)
 
 
 def list_as_json(entries):
-    """Return a list of these entries, and of how many clients are online, as JSON."""
-    # 2012: {"type": "message", …}.  The post's page would have taken the history for one message: "undefined".
-    # ensure_ascii=False: letters such as ä and 你 are sent as they are, and not as \u00e4 and \u4f60.
+    """Return the JSON object that carries a list of entries, with the number of clients online."""
+    # 2012: the type was "message".  The post's page would have taken the history for one message without a text.
+    # ensure_ascii=False: letters such as ä and 你 need two or three bytes then, and not six.
     return json.dumps({"type": "list", "data": entries, "online": len(connections)}, ensure_ascii=False)
 
 
 def make_app(handler, **settings):
-    """Return the application, which says which class handles which path.  handler: the class for /chat."""
-    # 2012: application = web.Application(…).  Here the class can be chosen when the script starts.
+    """Return the application, with a class that handles /chat."""
+    # 2012: application = web.Application([…])
     return web.Application([
         (r"/", MainHandler),  # HTML chat homepage
         (r"/chat", handler),  # WebSocket server
@@ -144,9 +146,14 @@ def make_app(handler, **settings):
 
 
 # =================================================================================================
-# This was the whole chat.  "How it starts", at the end of the script, runs it.
+# This was the whole chat.  Three lines would start it:
 #
-# Each of the next four parts makes a subclass of the class before, and overrides some of its methods:
+#     async def main():
+#         make_app(WSHandler).listen(8888)
+#         await asyncio.Event().wait()  # for ever
+#
+# What this script has instead is at its end, in "How it starts".  Between here and there, four parts
+# override some of the methods above, each in a subclass of the class before:
 #
 #     The chat                WSHandler            open  on_message  on_close  announce  broadcast  send
 #     A crowd                 CrowdWSHandler                                             broadcast
@@ -154,8 +161,7 @@ def make_app(handler, **settings):
 #     Strangers               PublicWSHandler            on_message
 #     Speed                   FastWSHandler        open  on_message                                 send
 #
-# The script runs the last of these classes.  To see what a part is good for, run the chat without it
-# and without those after it:
+# The script runs the last class.  To see what a part is good for, name a class before it:
 #
 #     python server.py --handler WSHandler
 # =================================================================================================
@@ -167,12 +173,12 @@ def make_app(handler, **settings):
 # When 1,000 people post at the same time, WSHandler sends 1,000 lists to each of 1,000 clients.  That
 # is a million calls to the operating system, and everybody waits.
 #
-# Tornado runs in one thread, the event loop, which works in rounds.  In each round, it asks the
-# operating system which connections have new data, and calls on_message for all of them.
+# Tornado's event loop is one thread that works in rounds.  In each round, it asks the operating system
+# which connections have new data, and then calls on_message for all of them.
 #
-# So here, broadcast does not send.  It puts the entry into an outbox.  When all that arrived in this
-# round is in the outbox, the next round begins with flush, which sends the outbox as one list.  Each
-# of the 1,000 clients now gets one list with 1,000 messages.  The wait is too short to notice.
+# So here, broadcast does not send.  It puts the entry into an outbox.  When all that has arrived in a
+# round is in the outbox, the next round calls flush, which sends the outbox as one list.  Now each of
+# the 1,000 clients gets one list with 1,000 messages.  The wait is too short to notice.
 # =================================================================================================
 
 outbox = []  # the entries that flush will send
@@ -202,7 +208,7 @@ def flush():
 #
 #     {"type": "new_message", "message": "hi", "id": "k3j9x"}
 #
-# By the id, the server recognises a message that it has already, and does not tell the room twice.
+# By the id, the server recognises a message that it already has.  So everybody hears the message once.
 #
 # A network can also die in silence.  To the page, that looks like a room in which nobody talks.  So
 # the server sends an empty list every 10 seconds, the heartbeat.  When a page gets none for 20 seconds,
@@ -223,29 +229,29 @@ class ReliableWSHandler(CrowdWSHandler):
         if entry["type"] == "message":
             id = entry.setdefault("id", secrets.token_urlsafe())  # the post's page sends no id
             if id in known:
-                return self.write_json(known[id])  # The others have it.  This tells its sender that it has arrived.
+                return self.write_json([known[id]])  # Everybody has it.  Only its sender does not know that yet.
             known[id] = entry
             if len(known) > MEMORY:
                 del known[next(iter(known))]  # the oldest
         super().broadcast(entry)
 
     def announce(self, what):
-        # When Ann is back, her old connection may still be open for the server, until a ping fails.  She has neither
-        # joined nor left then.  (Nicks are not accounts: another Ann is taken for her.)
+        # When Ann comes back, the server may not know yet that her old connection is dead.  To everybody else, she was
+        # there all the time.  (Nicks are not accounts: a second Ann is not announced either.)
         if not any(con.nick == self.nick for con in connections if con is not self):
             super().announce(what)
 
     def send(self, data):
-        # write_message returns a future, which stands for the end of the writing.  If the connection breaks before
-        # that, the future holds an exception, and asyncio logs it, unless somebody asks for it.  Here we ask.
+        # write_message returns before the data is sent.  If that fails later, the exception is in the future that
+        # write_message returns.  asyncio logs an exception that no code has looked at, so this looks at it.
         with contextlib.suppress(websocket.WebSocketClosedError):
             self.write_message(data).add_done_callback(lambda future: future.cancelled() or future.exception())
 
 
 def heartbeat():
-    """Send what is in the outbox, mostly nothing, to all clients now, and again every 10 seconds."""
+    """Send an empty list to all clients, now and again every 10 seconds."""
     asyncio.get_running_loop().call_later(HEARTBEAT, heartbeat)
-    flush()
+    send_to_all([])
 
 
 # =================================================================================================
@@ -257,11 +263,11 @@ def heartbeat():
 #
 #     {"type": "error", "message": "what was wrong", "id": "k3j9x"}
 #
-# (Tornado itself refuses connections from the pages of other sites: Origin and Host must be the same.)
+# (Tornado itself refuses a WebSocket to the pages of other sites.)
 # =================================================================================================
 
-LENGTHS = {"type": 11, "nick": 30, "message": 1000, "id": 64}  # characters
-PAUSE = 0.02  # seconds
+LENGTHS = {"type": 11, "nick": 30, "message": 1000, "id": 64}  # characters.  "new_message" has 11.
+PAUSE = 0.02  # seconds: 50 messages a second are more than a person can type or paste
 INVISIBLE = {"Cc", "Cf", "Mn", "Zs", "Zl", "Zp"}  # Unicode's categories: control, format, combining, and spaces
 
 
@@ -275,12 +281,12 @@ class PublicWSHandler(ReliableWSHandler):
         except ValueError as problem:
             id = fields.get("id")
             proper = isinstance(id, str) and id.isprintable() and len(id) <= LENGTHS["id"]
-            self.write_json({"type": "error", "message": str(problem), "id": id if proper else None})
+            self.write_json([{"type": "error", "message": str(problem), "id": id if proper else None}])
         else:
             super().on_message(data)
-        # on_message returns a future.  Tornado waits for it before it reads this client's next message.  Meanwhile the
-        # messages wait in TCP's buffers.  When the buffers are full, TCP makes the client wait.  This is called
-        # backpressure: a client that floods the chat slows down itself, and nobody else.
+        # on_message returns a future.  Tornado waits for it before it handles this client's next message.  Meanwhile
+        # messages wait in Tornado's and in TCP's buffers.  When these are full, TCP makes the client wait.  This is
+        # called backpressure: a client that floods the chat slows down itself more than the others.
         return gen.sleep(PAUSE)
 
 
@@ -293,7 +299,7 @@ def parse(data):
 
 
 def check(fields, nick):
-    """Raise ValueError, with a sentence for the client, if it may not send these fields.
+    """Raise ValueError, which says what is wrong, if a client may not send these fields.
 
     nick: the one that the client has joined with, or None.
     """
@@ -307,10 +313,10 @@ def check(fields, nick):
         if name not in LENGTHS:
             raise ValueError("Send no other fields than type, nick, message and id.")
         if not isinstance(text, str):
-            raise ValueError(f"The {name} must be a text.")
+            raise ValueError(f"The {name} must be text.")
         if len(text) > LENGTHS[name]:
             raise ValueError(f"The {name} has {len(text):,} characters.  At most {LENGTHS[name]:,} are allowed.")
-        text.encode()  # This is a ValueError if there is half an emoji in the text, which cannot be sent on.
+        text.encode()  # This raises a ValueError for half an emoji (a surrogate), which could not be sent on.
         if all(unicodedata.category(character) in INVISIBLE for character in text):
             raise ValueError(f"The {name} must not be blank.")
 
@@ -318,11 +324,11 @@ def check(fields, nick):
 # =================================================================================================
 # Speed
 #
-# A WebSocket sends data in frames.  A frame is a header, which says how long the data is, and the data.
-# Tornado's write_message makes a frame for each client anew, and a task that waits until it is sent.
-# This part makes the frame once for all clients, and hands it to TCP directly.  That takes half the time.
+# A WebSocket sends data in frames.  A frame is the data with a header, which says how long it is.
+# Tornado's write_message makes a new frame for each client, and a task that waits until it is sent.
+# This part makes one frame for all clients, and hands it to TCP directly.  Sending takes half the time then.
 #
-# It also stops caring for clients that do not read what they are sent.
+# It also disconnects a client that has been behind for 20 seconds, so that not too much waits for it.
 #
 # The price: it uses stream, which is Tornado's end of the TCP connection, by way of ws_connection, which
 # Tornado does not document.  If a later Tornado changes this, run the script with PublicWSHandler.
@@ -334,7 +340,7 @@ PATIENCE = 20  # seconds
 class FastWSHandler(PublicWSHandler):
     """A client to which frames are written directly."""
 
-    behind_since = None  # when data for this client had to wait for the first time, or None
+    behind_since = None  # since when some data for this client has had to wait, or None
 
     def open(self):
         self.set_nodelay(True)  # Without this, TCP may hold a short frame back, to send it together with the next.
@@ -342,7 +348,7 @@ class FastWSHandler(PublicWSHandler):
 
     def on_message(self, data):
         if self.is_closing():
-            return None  # The client has left, and this was still unread.  A page that comes back sends it again.
+            return None  # A client that floods and leaves is not heard any more.  (A page would send it again.)
         super().on_message(data)
         # A client that does not read what it was sent is heard only once a second.  So the answers that it leaves
         # unread cannot fill the server's memory.
@@ -354,7 +360,7 @@ class FastWSHandler(PublicWSHandler):
         stream, rest = self.ws_connection.stream, frame(data)
         if not stream.writing():  # TCP has taken all that was sent before.
             self.behind_since = None
-            with contextlib.suppress(OSError):  # TCP has no room at all.  Or it is broken, which Tornado will notice.
+            with contextlib.suppress(OSError):  # TCP has no room now.  (Or it is broken.  Then stream.write notices.)
                 rest = rest[stream.write_to_fd(rest):]  # write_to_fd returns how many bytes TCP has taken
         if rest:
             stream.write(rest)  # Tornado keeps it until TCP has room.
@@ -378,7 +384,7 @@ def frame(data):
         header = bytes([0x81, 126]) + len(payload).to_bytes(2, "big")
     else:
         header = bytes([0x81, 127]) + len(payload).to_bytes(8, "big")
-    return memoryview(header + payload)  # A slice of a memoryview is no copy: slow clients share one frame.
+    return memoryview(header + payload)  # A slice of a memoryview is no copy: slow clients share a long frame.
 
 
 # =================================================================================================
@@ -387,7 +393,7 @@ def frame(data):
 
 HANDLERS = {cls.__name__: cls for cls in (WSHandler, CrowdWSHandler, ReliableWSHandler, PublicWSHandler, FastWSHandler)}
 SETTINGS = {
-    "websocket_ping_interval": 20,  # seconds.  A client that has not answered when the next is due is disconnected.
+    "websocket_ping_interval": 20,  # seconds.  A client that has not answered when the next ping is due must go.
     "websocket_max_message_size": 32 * 1024,  # bytes.  A client that sends more at once is disconnected.
     "compiled_template_cache": False,  # Tornado reads test.html again for each visit, so an edit needs no restart.
 }
@@ -398,7 +404,7 @@ async def main():
     options = command_line()
     app = make_app(HANDLERS[options.handler], **SETTINGS)
     # A client must send its request within 20 seconds.  No request here has a body.
-    http_server = LimitedHTTPServer(app, idle_connection_timeout=20, max_body_size=0)
+    http_server = LimitedHTTPServer(app, idle_connection_timeout=20, body_timeout=20, max_body_size=0)
     try:
         http_server.listen(options.port, options.address)  # 2012: listen(8888), which let the whole network in
     except (OSError, UnicodeError) as error:
@@ -438,7 +444,7 @@ class LimitedHTTPServer(httpserver.HTTPServer):
     def handle_stream(self, stream, address):  # Tornado calls this for each new connection.
         # Open files are numbered, and a new one gets the lowest free number.  So a high number means: many are open.
         limit = os.sysconf("SC_OPEN_MAX") if hasattr(os, "sysconf") else -1  # -1: no limit is known
-        if 0 < limit - 16 < stream.socket.fileno():  # the last 16 are for other uses, such as test.html
+        if 0 < limit - 16 < stream.socket.fileno():  # The last 16 are for files such as test.html.
             return stream.close()
         return super().handle_stream(stream, address)
 
@@ -447,8 +453,8 @@ async def goodbye():
     """Close all connections, and wait up to 2 seconds until the clients have agreed."""
     await asyncio.sleep(0.1)  # so that messages that have just arrived are still sent
     end = time.monotonic() + 2
-    while connections and time.monotonic() < end:
-        for con in connections:  # repeated, as a new client may have connected meanwhile
+    while connections and time.monotonic() < end:  # repeated, as a new client may connect at the last moment
+        for con in connections:
             con.close(1001, "the server stops")  # 1001 means: going away (RFC 6455, section 7.4)
         await asyncio.sleep(0.05)
 
