@@ -540,8 +540,9 @@ class Strangers(ChatTest):
         for i in range(1, 4):
             chat.later(0.019)
             ann.say(f"before {i}")
+            ann.until(f"before {i}")
             chat.later(0.002)
-        ann.say("the end")
+        self.guest(chat=chat).say("the end")
         self.assertEqual(bob.said("the end")[:-1], ["before 1", "1", "before 2", "2", "before 3", "3"])
 
     def test_a_flood_does_not_delay_the_others(self):
