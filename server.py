@@ -9,11 +9,11 @@
 
 The first part of this script, "The chat", is the post's server: its handlers, in its order, under its names, with its
 mistakes mended.  A comment that starts with "2012:" says what the post had in that place.  New are joining and leaving,
-the time of each message, and the number of clients that are online.
+a suggested name for each visitor, the time of a message, and the number of clients that are online.
 
 With this, the chat is complete.  The other parts make it fit for a real network, and you can skip them at first.  Each
 answers a question: What if 1,000 people talk at once?  What if a connection breaks?  What if a stranger sends nonsense,
-or does not stop?  Where does the time go?  How does a server start and stop?
+or does not stop?  How can the server be twice as fast?  How does it start and stop?
 
 Server and page send each other JSON objects.  The page, or whatever else connects, is called a client.  A client sends
 two types of objects:
@@ -36,12 +36,11 @@ import itertools
 import json
 import time
 
-from tornado import web, websocket, gen, httpserver  # The chat needs the first two of these.
+from tornado import gen, httpserver, web, websocket  # The chat needs web and websocket.
 
 # Only the parts after the chat need these:
 import argparse
 import asyncio
-import functools
 import os
 import secrets
 import signal
@@ -77,9 +76,10 @@ class WSHandler(websocket.WebSocketHandler):
     nick = None  # until the client joins
 
     def write_json(self, entries):
-        """Send a list of entries to this client."""
-        # 2012: write_json(**kwargs) called json.dumps(**kwargs).  That is a TypeError: dumps wants one object.
-        self.send(list_as_json(entries))
+        """Send a list of entries to this client.  Return a future, which is done when the data has been sent."""
+        # 2012: write_json(**kwargs) with json.dumps(**kwargs).  That is a TypeError: dumps wants one object.
+        with contextlib.suppress(websocket.WebSocketClosedError):  # It is closing.  Tornado will call on_close.
+            return self.write_message(json.dumps(as_object(entries)))
 
     def open(self):
         connections.add(self)
@@ -91,8 +91,8 @@ class WSHandler(websocket.WebSocketHandler):
             self.nick = data["nick"]
             self.announce("joined")
         else:
-            # 2012: data went on to everybody as it came, and the nick in it was believed.  Now a client that has joined
-            # speaks under that nick.  (The post's own page works here, too.  It never joins, so its nick is believed.)
+            # 2012: data went on to everybody as it came, also with somebody else's nick.  Now type, nick and time are
+            # set here.  (The post's own page works here, too.  It never joins, but has a nick in each message.)
             data.update(type="message", nick=self.nick or data["nick"], time=time.time())
             self.broadcast(data)
 
@@ -106,13 +106,8 @@ class WSHandler(websocket.WebSocketHandler):
         self.broadcast({"type": "notice", "message": f"{self.nick} {what}"})
 
     def broadcast(self, entry):
-        """Tell everybody.  (A later part first waits for what others say at the same time.)"""
+        """Tell everybody about an entry."""
         send_to_all([entry])
-
-    def send(self, data):
-        """Send JSON to this client, if it is still there."""
-        with contextlib.suppress(websocket.WebSocketClosedError):  # It is closing.  Tornado will call on_close.
-            self.write_message(data)
 
 
 def send_to_all(entries):
@@ -121,19 +116,17 @@ def send_to_all(entries):
     #           messages.append(data)
     #           con.write_json(data)
     #
-    # This loop would have kept a message once for each client.  It also called write_json with the wrong arguments,
-    # another TypeError.
+    # This loop would have kept a message once for each client.  And write_json(data) was a TypeError, as write_json
+    # took keyword arguments.
     messages.extend(entry for entry in entries if entry["type"] == "message")
-    data = list_as_json(entries)  # The same for all, so it is made before the loop.
     for con in connections:
-        con.send(data)
+        con.write_json(entries)
 
 
-def list_as_json(entries):
-    """Return the JSON object that carries a list of entries, with the number of clients online."""
+def as_object(entries):
+    """Return the object in which the server sends a list of entries."""
     # 2012: the type was "message".  The post's page would have taken the history for one message without a text.
-    # ensure_ascii=False: letters such as ä and 你 need two or three bytes then, and not six.
-    return json.dumps({"type": "list", "data": entries, "online": len(connections)}, ensure_ascii=False)
+    return {"type": "list", "data": entries, "online": len(connections)}
 
 
 def make_app(handler, **settings):
@@ -146,24 +139,28 @@ def make_app(handler, **settings):
 
 
 # =================================================================================================
-# This was the whole chat.  Three lines would start it:
+# This was the whole chat.  These lines would start it:
 #
 #     async def main():
-#         make_app(WSHandler).listen(8888)
+#         make_app(WSHandler).listen(8888, "localhost")
 #         await asyncio.Event().wait()  # for ever
+#
+#     asyncio.run(main())
 #
 # What this script has instead is at its end, in "How it starts".  Between here and there, four parts
 # override some of the methods above, each in a subclass of the class before:
 #
-#     The chat                WSHandler            open  on_message  on_close  announce  broadcast  send
-#     A crowd                 CrowdWSHandler                                             broadcast
-#     A network that fails    ReliableWSHandler                                announce  broadcast  send
-#     Strangers               PublicWSHandler            on_message
-#     Speed                   FastWSHandler        open  on_message                                 send
+#     The chat                WSHandler            write_json  open  on_message  on_close  announce  broadcast
+#     A crowd                 CrowdWSHandler                                                         broadcast
+#     A network that fails    ReliableWSHandler    write_json                              announce  broadcast
+#     Strangers               PublicWSHandler                        on_message
+#     Speed                   FastWSHandler        write_json  open  on_message
 #
 # The script runs the last class.  To see what a part is good for, name a class before it:
 #
 #     python server.py --handler WSHandler
+#
+# (What "How it starts" does, the heartbeat among it, is the same for all classes.)
 # =================================================================================================
 
 
@@ -176,9 +173,9 @@ def make_app(handler, **settings):
 # Tornado's event loop is one thread that works in rounds.  In each round, it asks the operating system
 # which connections have new data, and then calls on_message for all of them.
 #
-# So here, broadcast does not send.  It puts the entry into an outbox.  When all that has arrived in a
-# round is in the outbox, the next round calls flush, which sends the outbox as one list.  Now each of
-# the 1,000 clients gets one list with 1,000 messages.  The wait is too short to notice.
+# So here, broadcast does not send.  It puts the entry into an outbox, and asks the event loop to call
+# flush in the next round.  By then, all that arrived in this round is in the outbox, and flush sends it
+# as one list.  Each of the 1,000 clients gets one list with 1,000 messages.  Nobody notices the wait.
 # =================================================================================================
 
 outbox = []  # the entries that flush will send
@@ -188,15 +185,15 @@ class CrowdWSHandler(WSHandler):
     """A client among many that post at the same time."""
 
     def broadcast(self, entry):
-        if not outbox:  # This is the first entry of this round.
-            asyncio.get_running_loop().call_soon(flush)  # in the next round
+        if not outbox:  # This is the first entry in this round.
+            asyncio.get_running_loop().call_soon(flush)
         outbox.append(entry)
 
 
 def flush():
     """Send all that is in the outbox to all clients."""
     entries = outbox.copy()
-    outbox.clear()
+    outbox.clear()  # before anything can fail, so that the next entry finds the outbox empty
     send_to_all(entries)
 
 
@@ -229,7 +226,7 @@ class ReliableWSHandler(CrowdWSHandler):
         if entry["type"] == "message":
             id = entry.setdefault("id", secrets.token_urlsafe())  # the post's page sends no id
             if id in known:
-                return self.write_json([known[id]])  # Everybody has it.  Only its sender does not know that yet.
+                return self.write_json([known[id]])  # Only its sender may not know yet that it has arrived.
             known[id] = entry
             if len(known) > MEMORY:
                 del known[next(iter(known))]  # the oldest
@@ -241,15 +238,16 @@ class ReliableWSHandler(CrowdWSHandler):
         if not any(con.nick == self.nick for con in connections if con is not self):
             super().announce(what)
 
-    def send(self, data):
-        # write_message returns before the data is sent.  If that fails later, the exception is in the future that
-        # write_message returns.  asyncio logs an exception that no code has looked at, so this looks at it.
-        with contextlib.suppress(websocket.WebSocketClosedError):
-            self.write_message(data).add_done_callback(lambda future: future.cancelled() or future.exception())
+    def write_json(self, entries):
+        # If the connection breaks before the data is sent, the future gets an exception.  asyncio prints it, unless
+        # somebody looks at it.  There is nothing to do about it: on_close will be called.
+        future = super().write_json(entries)
+        if future:
+            future.add_done_callback(lambda future: future.cancelled() or future.exception())
 
 
 def heartbeat():
-    """Send an empty list to all clients, now and again every 10 seconds."""
+    """Send an empty list to all clients, at once and then every 10 seconds."""
     asyncio.get_running_loop().call_later(HEARTBEAT, heartbeat)
     send_to_all([])
 
@@ -266,7 +264,7 @@ def heartbeat():
 # (Tornado itself refuses a WebSocket to the pages of other sites.)
 # =================================================================================================
 
-LENGTHS = {"type": 11, "nick": 30, "message": 1000, "id": 64}  # characters.  "new_message" has 11.
+LENGTHS = {"type": 11, "nick": 30, "message": 1000, "id": 64}  # the known fields, and how many characters they may have
 PAUSE = 0.02  # seconds: 50 messages a second are more than a person can type or paste
 INVISIBLE = {"Cc", "Cf", "Mn", "Zs", "Zl", "Zp"}  # Unicode's categories: control, format, combining, and spaces
 
@@ -279,14 +277,15 @@ class PublicWSHandler(ReliableWSHandler):
         try:
             check(fields, self.nick)
         except ValueError as problem:
+            # The id says which message was wrong, if it is a proper id.
             id = fields.get("id")
-            proper = isinstance(id, str) and id.isprintable() and len(id) <= LENGTHS["id"]
+            proper = isinstance(id, str) and len(id) <= LENGTHS["id"]
             self.write_json([{"type": "error", "message": str(problem), "id": id if proper else None}])
         else:
-            super().on_message(data)
-        # on_message returns a future.  Tornado waits for it before it handles this client's next message.  Meanwhile
-        # messages wait in Tornado's and in TCP's buffers.  When these are full, TCP makes the client wait.  This is
-        # called backpressure: a client that floods the chat slows down itself more than the others.
+            super().on_message(data)  # It parses data again, so that it works without this part, too.
+        # on_message may return a future.  Then Tornado waits for it before it handles this client's next message.
+        # Meanwhile messages wait in Tornado's and in TCP's buffers.  When these are full, TCP makes the client wait.
+        # This is called backpressure: a client that floods the chat slows down itself more than the others.
         return gen.sleep(PAUSE)
 
 
@@ -316,7 +315,6 @@ def check(fields, nick):
             raise ValueError(f"The {name} must be text.")
         if len(text) > LENGTHS[name]:
             raise ValueError(f"The {name} has {len(text):,} characters.  At most {LENGTHS[name]:,} are allowed.")
-        text.encode()  # This raises a ValueError for half an emoji (a surrogate), which could not be sent on.
         if all(unicodedata.category(character) in INVISIBLE for character in text):
             raise ValueError(f"The {name} must not be blank.")
 
@@ -324,11 +322,12 @@ def check(fields, nick):
 # =================================================================================================
 # Speed
 #
-# A WebSocket sends data in frames.  A frame is the data with a header, which says how long it is.
-# Tornado's write_message makes a new frame for each client, and a task that waits until it is sent.
-# This part makes one frame for all clients, and hands it to TCP directly.  Sending takes half the time then.
+# A WebSocket sends data in frames.  A frame is the data with a header, which says how long the data is.
+# For each client, write_json makes the same JSON, and Tornado makes the same frame.  This part makes the
+# frame of a list once for all clients, and hands it to TCP directly, without a future for each client.
 #
-# It also disconnects a client that has been behind for 20 seconds, so that not too much waits for it.
+# It also disconnects a client that has been behind for 20 seconds, so that what it has not read does not
+# pile up.
 #
 # The price: it uses stream, which is Tornado's end of the TCP connection, by way of ws_connection, which
 # Tornado does not document.  If a later Tornado changes this, run the script with PublicWSHandler.
@@ -340,7 +339,7 @@ PATIENCE = 20  # seconds
 class FastWSHandler(PublicWSHandler):
     """A client to which frames are written directly."""
 
-    behind_since = None  # since when some data for this client has had to wait, or None
+    behind_since = None  # the time when some data first had to wait for TCP, or None if nothing waits
 
     def open(self):
         self.set_nodelay(True)  # Without this, TCP may hold a short frame back, to send it together with the next.
@@ -348,16 +347,16 @@ class FastWSHandler(PublicWSHandler):
 
     def on_message(self, data):
         if self.is_closing():
-            return None  # A client that floods and leaves is not heard any more.  (A page would send it again.)
+            return None  # The client floods, and has left.  (A page whose connection broke sends all this again.)
         super().on_message(data)
-        # A client that does not read what it was sent is heard only once a second.  So the answers that it leaves
-        # unread cannot fill the server's memory.
+        # A client that does not read what it was sent is heard only once a second.  So the answers to what it sends
+        # cannot fill the server's memory.
         return gen.sleep(1 if self.ws_connection.stream.writing() else PAUSE)
 
-    def send(self, data):
+    def write_json(self, entries):
         if self.is_closing():
             return
-        stream, rest = self.ws_connection.stream, frame(data)
+        stream, rest = self.ws_connection.stream, frame(entries)
         if not stream.writing():  # TCP has taken all that was sent before.
             self.behind_since = None
             with contextlib.suppress(OSError):  # TCP has no room now.  (Or it is broken.  Then stream.write notices.)
@@ -372,10 +371,16 @@ class FastWSHandler(PublicWSHandler):
         return self.ws_connection is None or self.ws_connection.is_closing()
 
 
-@functools.lru_cache(maxsize=1)  # send_to_all sends the same data to all clients: its frame is made once
-def frame(data):
-    """Return the WebSocket frame with this data in it (RFC 6455, section 5.2)."""
-    payload = data.encode()
+newest = {"entries": None}  # the list that was sent last, and its frame
+
+
+def frame(entries):
+    """Return the WebSocket frame with a list of entries in it (RFC 6455, section 5.2)."""
+    if newest["entries"] is entries and newest["online"] == len(connections):
+        return newest["frame"]
+    # ensure_ascii=False: letters such as я and 你 take two or three bytes, and not six.  errors="replace": half an
+    # emoji cannot be written in bytes, and becomes a question mark.
+    payload = json.dumps(as_object(entries), ensure_ascii=False).encode(errors="replace")
     # The first byte, 0x81, means: this is text, and all of it is in this frame.  Then comes the length.  Up to 125, it
     # takes one byte.  A greater length takes the number 126 and two bytes, or the number 127 and eight bytes.
     if len(payload) < 126:
@@ -384,7 +389,9 @@ def frame(data):
         header = bytes([0x81, 126]) + len(payload).to_bytes(2, "big")
     else:
         header = bytes([0x81, 127]) + len(payload).to_bytes(8, "big")
-    return memoryview(header + payload)  # A slice of a memoryview is no copy: slow clients share a long frame.
+    # A slice of a memoryview is no copy: slow clients share a long frame.
+    newest.update(entries=entries, online=len(connections), frame=memoryview(header + payload))
+    return newest["frame"]
 
 
 # =================================================================================================
@@ -403,7 +410,7 @@ async def main():
     """Run the chat until Ctrl+C or the signal SIGTERM stops it."""
     options = command_line()
     app = make_app(HANDLERS[options.handler], **SETTINGS)
-    # A client must send its request within 20 seconds.  No request here has a body.
+    # A client must send its request within 20 seconds, and without a body.  (A WebSocket may be idle for longer.)
     http_server = LimitedHTTPServer(app, idle_connection_timeout=20, body_timeout=20, max_body_size=0)
     try:
         http_server.listen(options.port, options.address)  # 2012: listen(8888), which let the whole network in
