@@ -36,15 +36,17 @@ import itertools
 import json
 import time
 
-from tornado import gen, httpserver, web, websocket  # The chat needs web and websocket.
+from tornado import web, websocket
 
-# Only the parts after the chat need these:
+# The rest of this script also needs these:
 import argparse
 import asyncio
 import os
 import secrets
 import signal
 import unicodedata
+
+from tornado import gen, httpserver
 
 # =================================================================================================
 # The chat
@@ -76,9 +78,9 @@ class WSHandler(websocket.WebSocketHandler):
     nick = None  # until the client joins
 
     def write_json(self, entries):
-        """Send a list of entries to this client.  Return a future, which is done when the data has been sent."""
+        """Send a list of entries to this client.  Return what write_message returns, or None if it is too late."""
         # 2012: write_json(**kwargs) with json.dumps(**kwargs).  That is a TypeError: dumps wants one object.
-        with contextlib.suppress(websocket.WebSocketClosedError):  # It is closing.  Tornado will call on_close.
+        with contextlib.suppress(websocket.WebSocketClosedError):  # The client is leaving.  on_close will be called.
             return self.write_message(json.dumps(as_object(entries)))
 
     def open(self):
@@ -91,8 +93,8 @@ class WSHandler(websocket.WebSocketHandler):
             self.nick = data["nick"]
             self.announce("joined")
         else:
-            # 2012: data went on to everybody as it came, also with somebody else's nick.  Now type, nick and time are
-            # set here.  (The post's own page works here, too.  It never joins, but has a nick in each message.)
+            # 2012: data went on to everybody as it came.  Now type, nick and time are set here.  A client that joined
+            # keeps its nick.  One that did not, such as the post's own page, gives a nick with each message.
             data.update(type="message", nick=self.nick or data["nick"], time=time.time())
             self.broadcast(data)
 
@@ -106,7 +108,7 @@ class WSHandler(websocket.WebSocketHandler):
         self.broadcast({"type": "notice", "message": f"{self.nick} {what}"})
 
     def broadcast(self, entry):
-        """Tell everybody about an entry."""
+        """Tell everybody about an entry.  (The next parts override this method.)"""
         send_to_all([entry])
 
 
@@ -116,8 +118,7 @@ def send_to_all(entries):
     #           messages.append(data)
     #           con.write_json(data)
     #
-    # This loop would have kept a message once for each client.  And write_json(data) was a TypeError, as write_json
-    # took keyword arguments.
+    # This loop would have kept a message once for each client.  And its write_json(data) was one more TypeError.
     messages.extend(entry for entry in entries if entry["type"] == "message")
     for con in connections:
         con.write_json(entries)
@@ -130,7 +131,7 @@ def as_object(entries):
 
 
 def make_app(handler, **settings):
-    """Return the application, with a class that handles /chat."""
+    """Return the application.  handler: the class for /chat.  settings: Tornado's."""
     # 2012: application = web.Application([…])
     return web.Application([
         (r"/", MainHandler),  # HTML chat homepage
@@ -160,7 +161,7 @@ def make_app(handler, **settings):
 #
 #     python server.py --handler WSHandler
 #
-# (What "How it starts" does, the heartbeat among it, is the same for all classes.)
+# (The heartbeat, the pings and the limits that "How it starts" sets are the same for all classes.)
 # =================================================================================================
 
 
@@ -208,8 +209,8 @@ def flush():
 # By the id, the server recognises a message that it already has.  So everybody hears the message once.
 #
 # A network can also die in silence.  To the page, that looks like a room in which nobody talks.  So
-# the server sends an empty list every 10 seconds, the heartbeat.  When a page gets none for 20 seconds,
-# it makes a new connection.  (The server finds dead clients by pings, which are a part of WebSockets.
+# every 10 seconds, the server sends an empty list, called the heartbeat.  A page that gets no list for
+# 20 seconds makes a new connection.  (The server finds dead clients by pings, which are a part of WebSockets.
 # Browsers answer pings by themselves, and do not tell the page.)
 # =================================================================================================
 
@@ -224,9 +225,9 @@ class ReliableWSHandler(CrowdWSHandler):
 
     def broadcast(self, entry):
         if entry["type"] == "message":
-            id = entry.setdefault("id", secrets.token_urlsafe())  # the post's page sends no id
+            id = entry.setdefault("id", secrets.token_urlsafe())  # The post's page sends none.
             if id in known:
-                return self.write_json([known[id]])  # Only its sender may not know yet that it has arrived.
+                return self.write_json([known[id]])  # This tells the sender, and nobody else, that it has arrived.
             known[id] = entry
             if len(known) > MEMORY:
                 del known[next(iter(known))]  # the oldest
@@ -239,8 +240,8 @@ class ReliableWSHandler(CrowdWSHandler):
             super().announce(what)
 
     def write_json(self, entries):
-        # If the connection breaks before the data is sent, the future gets an exception.  asyncio prints it, unless
-        # somebody looks at it.  There is nothing to do about it: on_close will be called.
+        # The future is done when the data has been sent.  If the connection breaks first, it gets an exception, and
+        # asyncio prints that, unless somebody has called exception().  There is nothing else to do about it.
         future = super().write_json(entries)
         if future:
             future.add_done_callback(lambda future: future.cancelled() or future.exception())
@@ -282,7 +283,7 @@ class PublicWSHandler(ReliableWSHandler):
             proper = isinstance(id, str) and len(id) <= LENGTHS["id"]
             self.write_json([{"type": "error", "message": str(problem), "id": id if proper else None}])
         else:
-            super().on_message(data)  # It parses data again, so that it works without this part, too.
+            super().on_message(data)  # That parses data again, as it also has to work without this part.
         # on_message may return a future.  Then Tornado waits for it before it handles this client's next message.
         # Meanwhile messages wait in Tornado's and in TCP's buffers.  When these are full, TCP makes the client wait.
         # This is called backpressure: a client that floods the chat slows down itself more than the others.
@@ -347,10 +348,10 @@ class FastWSHandler(PublicWSHandler):
 
     def on_message(self, data):
         if self.is_closing():
-            return None  # The client floods, and has left.  (A page whose connection broke sends all this again.)
+            return None  # This was still in a buffer when the client left.  A page that comes back will send it again.
         super().on_message(data)
-        # A client that does not read what it was sent is heard only once a second.  So the answers to what it sends
-        # cannot fill the server's memory.
+        # As long as a client does not read what it was sent, the pause is a second.  So the answers that it does not
+        # read cannot fill the server's memory.
         return gen.sleep(1 if self.ws_connection.stream.writing() else PAUSE)
 
     def write_json(self, entries):
@@ -359,7 +360,7 @@ class FastWSHandler(PublicWSHandler):
         stream, rest = self.ws_connection.stream, frame(entries)
         if not stream.writing():  # TCP has taken all that was sent before.
             self.behind_since = None
-            with contextlib.suppress(OSError):  # TCP has no room now.  (Or it is broken.  Then stream.write notices.)
+            with contextlib.suppress(OSError):  # TCP has no room, or is broken.  stream.write takes care of both.
                 rest = rest[stream.write_to_fd(rest):]  # write_to_fd returns how many bytes TCP has taken
         if rest:
             stream.write(rest)  # Tornado keeps it until TCP has room.
@@ -371,11 +372,12 @@ class FastWSHandler(PublicWSHandler):
         return self.ws_connection is None or self.ws_connection.is_closing()
 
 
-newest = {"entries": None}  # the list that was sent last, and its frame
+newest = {"entries": None}  # the entries that were sent last, how many clients were online then, and the frame
 
 
 def frame(entries):
     """Return the WebSocket frame with a list of entries in it (RFC 6455, section 5.2)."""
+    # For the loop in send_to_all, the frame is made once, as all its clients get the same list.
     if newest["entries"] is entries and newest["online"] == len(connections):
         return newest["frame"]
     # ensure_ascii=False: letters such as я and 你 take two or three bytes, and not six.  errors="replace": half an
@@ -400,7 +402,7 @@ def frame(entries):
 
 HANDLERS = {cls.__name__: cls for cls in (WSHandler, CrowdWSHandler, ReliableWSHandler, PublicWSHandler, FastWSHandler)}
 SETTINGS = {
-    "websocket_ping_interval": 20,  # seconds.  A client that has not answered when the next ping is due must go.
+    "websocket_ping_interval": 20,  # seconds.  A client that has not answered until the next ping is disconnected.
     "websocket_max_message_size": 32 * 1024,  # bytes.  A client that sends more at once is disconnected.
     "compiled_template_cache": False,  # Tornado reads test.html again for each visit, so an edit needs no restart.
 }
@@ -460,7 +462,7 @@ async def goodbye():
     """Close all connections, and wait up to 2 seconds until the clients have agreed."""
     await asyncio.sleep(0.1)  # so that messages that have just arrived are still sent
     end = time.monotonic() + 2
-    while connections and time.monotonic() < end:  # repeated, as a new client may connect at the last moment
+    while connections and time.monotonic() < end:  # repeated, as some handshakes may end only now
         for con in connections:
             con.close(1001, "the server stops")  # 1001 means: going away (RFC 6455, section 7.4)
         await asyncio.sleep(0.05)
