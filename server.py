@@ -13,7 +13,7 @@ a suggested name for each visitor, the time of a message, and the number of clie
 
 With this, the chat is complete.  The other parts make it fit for a real network, and you can skip them at first.  Each
 answers a question: What if 1,000 people talk at once?  What if a connection breaks?  What if a stranger sends nonsense,
-or does not stop?  How can the server be twice as fast?  How does it start and stop?
+or does not stop?  How can the server be faster?  How does it start and stop?
 
 Server and page send each other JSON objects.  The page, or whatever else connects, is called a client.  A client sends
 two types of objects:
@@ -194,7 +194,7 @@ class CrowdWSHandler(WSHandler):
 def flush():
     """Send all that is in the outbox to all clients."""
     entries = outbox.copy()
-    outbox.clear()  # before anything can fail, so that the next entry finds the outbox empty
+    outbox.clear()  # first, in case that send_to_all fails
     send_to_all(entries)
 
 
@@ -210,8 +210,8 @@ def flush():
 #
 # A network can also die in silence.  To the page, that looks like a room in which nobody talks.  So
 # every 10 seconds, the server sends an empty list, called the heartbeat.  A page that gets no list for
-# 20 seconds makes a new connection.  (The server finds dead clients by pings, which are a part of WebSockets.
-# Browsers answer pings by themselves, and do not tell the page.)
+# 20 seconds makes a new connection.  (The server finds dead clients by pings, which are a part of
+# WebSockets.  Browsers answer pings by themselves, and do not tell the page.)
 # =================================================================================================
 
 HEARTBEAT = 10   # seconds
@@ -266,7 +266,7 @@ def heartbeat():
 # =================================================================================================
 
 LENGTHS = {"type": 11, "nick": 30, "message": 1000, "id": 64}  # the known fields, and how many characters they may have
-PAUSE = 0.02  # seconds: 50 messages a second are more than a person can type or paste
+PAUSE = 0.02  # seconds
 INVISIBLE = {"Cc", "Cf", "Mn", "Zs", "Zl", "Zp"}  # Unicode's categories: control, format, combining, and spaces
 
 
