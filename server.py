@@ -266,12 +266,13 @@ def heartbeat():
 # =================================================================================================
 
 LENGTHS = {"type": 11, "nick": 30, "message": 1000, "id": 64}  # the known fields, and how many characters they may have
-PAUSE = 0.02  # seconds
 INVISIBLE = {"Cc", "Cf", "Mn", "Zs", "Zl", "Zp"}  # Unicode's categories: control, format, combining, and spaces
 
 
 class PublicWSHandler(ReliableWSHandler):
     """A client that may be anybody's."""
+
+    pause = 0.02  # seconds after each message
 
     def on_message(self, data):
         fields = parse(data)
@@ -287,7 +288,7 @@ class PublicWSHandler(ReliableWSHandler):
         # on_message may return a future.  Then Tornado waits for it before it handles this client's next message.
         # Meanwhile messages wait in Tornado's and in TCP's buffers.  When these are full, TCP makes the client wait.
         # This is called backpressure: a client that floods the chat slows down itself more than the others.
-        return gen.sleep(PAUSE)
+        return gen.sleep(self.pause)
 
 
 def parse(data):
@@ -349,10 +350,10 @@ class FastWSHandler(PublicWSHandler):
     def on_message(self, data):
         if self.is_closing():
             return None  # This was still in a buffer when the client left.  A page that comes back will send it again.
-        super().on_message(data)
         # As long as a client does not read what it was sent, the pause is a second.  So the answers that it does not
         # read cannot fill the server's memory.
-        return gen.sleep(1 if self.ws_connection.stream.writing() else PAUSE)
+        self.pause = 1 if self.ws_connection.stream.writing() else PublicWSHandler.pause
+        return super().on_message(data)
 
     def write_json(self, entries):
         if self.is_closing():
