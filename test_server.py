@@ -315,6 +315,8 @@ class TheChat(ChatTest):
         ann = self.guest("Ann")
         self.guest().vanish()
         self.eventually(lambda: ann.say("hi") or ann.list()["online"] == 1, "one is online")
+        ann.say("the end")
+        self.assertEqual({line["type"] for line in ann.until("the end")}, {"message"})
 
     def test_each_part_is_a_chat_and_heeds_an_edit_of_on_message(self):
         for chat in self.handlers(changes="""before = server.WSHandler.on_message
