@@ -103,8 +103,10 @@ class Chat:
         if clock:
             clock.write_text("1000")
             changes = CLOCK.format(path=str(clock)) + changes
+        more = {"cwd": HERE, "env": os.environ, **more}
+        more["env"] = {**more["env"], "PYTHONUNBUFFERED": ""}  # The greeting must come by itself.
         run = functools.partial(subprocess.Popen, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                stderr=subprocess.PIPE, **{"cwd": HERE, **more})
+                                stderr=subprocess.PIPE, **more)
         if script:
             self.process = run([sys.executable, script, *options])
         else:
@@ -120,8 +122,8 @@ class Chat:
     def later(self, seconds):  # move the clock on, and wait until the server has done what is due
         (new := self.clock.with_suffix(".new")).write_text(f"{float(self.clock.read_text()) + seconds}")
         new.replace(self.clock)
-        for _ in range(2):
-            with socket.create_connection(("127.0.0.1", self.port), WAIT) as there:
+        for _ in range(2 if self.process.poll() is None else 0):
+            with contextlib.suppress(ConnectionError), socket.create_connection(("127.0.0.1", self.port), WAIT) as there:
                 there.sendall(GET.encode())
                 while there.recv(65536):
                     pass
@@ -710,14 +712,19 @@ class HowItStarts(ChatTest):
         bob.until("the end")
 
     def test_who_does_not_answer_its_goodbye_does_not_hold_it_up(self):
-        silent, newcomer = self.stranger(HANDSHAKE), self.stranger(HANDSHAKE[:-2])
-        self.guest("Ann").socket.close()
-        self.chat.process.send_signal(signal.SIGTERM)
-        silent.read(1)
-        newcomer.write(HANDSHAKE[-2:].encode())  # it comes in when the others have got their goodbye
+        chat = self.start(clock=True)
+        silent, newcomer = self.stranger(HANDSHAKE, chat), self.stranger(HANDSHAKE[:-2], chat)
+        chat.later(0)  # by now, the server has read both
+        chat.process.send_signal(signal.SIGTERM)
+        for i in range(50):  # within 2.5 seconds, of which the goodbye takes 2.1
+            chat.later(0.05)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                chat.process.wait(0.02)
+            if i == 10:
+                newcomer.write(HANDSHAKE[-2:].encode())  # it comes in when the others have got their goodbye
         for stranger in silent, newcomer:
             self.assertIn(b"\x03\xe9the server stops", stranger.read())
-        self.assertEqual(self.chat.stop(0), (0, ""))
+        self.assertEqual(chat.process.wait(WAIT), 0)
 
     def test_fifty_who_flood_do_not_hold_it_up(self):
         ann = self.guest("Ann")
