@@ -251,7 +251,7 @@ class ChatTest(unittest.TestCase):
     def start(self, *options, clock=False, **more):  # a server; its end is looked at when the tests of a class are over
         chat = Chat(*options, clock=self.folder / f"clock{time.time_ns()}" if clock else None, **more)
         self.addClassCleanup(lambda: self.assertIn(chat.stop(0), [(0, ""), None]))
-        self.addCleanup(lambda: self.assertEqual(chat.stop(), (0, "")) if clock else chat.process.terminate())
+        self.addCleanup(lambda: self.assertIn(chat.stop(), [(0, ""), None]) if clock else chat.process.terminate())
         return chat
 
     def guest(self, nick=None, chat=None):
@@ -729,12 +729,13 @@ class HowItStarts(ChatTest):
         self.assertEqual(chat.process.wait(WAIT), 0)
 
     def test_fifty_who_flood_do_not_hold_it_up(self):
-        ann = self.guest("Ann")
+        ann = self.guest("Ann", chat := self.start(clock=True))
         for _ in range(50):
-            self.guest().raw((frame(new_message("flood")) + frame(b"bad")) * 1000)
-        self.chat.process.send_signal(signal.SIGTERM)
+            self.guest(chat=chat).raw((frame(new_message("flood")) + frame(b"bad")) * 1000)
+        chat.process.send_signal(signal.SIGTERM)
+        self.eventually(lambda: chat.later(0.05) or chat.process.poll() is not None, "the server ends")
         self.assertIn("1001", ann.ended())
-        self.assertEqual(self.chat.stop(0), (0, ""))
+        self.assertEqual(chat.stop(0), (0, ""))
 
 
 # ---- The page: windows of a real browser ---------------------------------------------------------------------------
@@ -856,12 +857,13 @@ class ThePage(PageTest):  # its part "The chat"
     def test_nicks_stay_as_they_were_typed(self):
         for nick in "ශ්\u200dරී", "علی\u200cرضا 🏳️\u200d🌈 ❤️":
             page = self.window(nick)
+            page.reload()
+            expect(page.get_by_label("Nick")).to_have_value(nick)
+            self.join(page, nick)
             self.post(page, message := f"{nick} says hi")
             self.shows(page, message)
             self.assertEqual([page.locator("b").last.text_content(), page.get_by_text("Post as").text_content()],
                              [nick, "Post as " + nick])
-            page.reload()
-            expect(page.get_by_label("Nick")).to_have_value(nick)
 
     def test_the_chat_alone_is_a_chat(self):
         ann, bob = (self.window(nick, cut=f"{NETWORK}|{COMFORT}") for nick in ("Ann", "Bob"))
@@ -1044,7 +1046,7 @@ class ThePageOnANetworkThatFails(PageTest):
 
 class ThePageIsComfortable(PageTest):
     def test_names_times_and_dates_head_what_is_said(self):
-        times = [1351384200 + seconds for seconds in (0, 20, 80, 3600, 90000)]  # from 02:30 on 28 October 2012
+        times = [1351384200 + seconds for seconds in (0, 20, 3600, 3680, 90000)]  # from 02:30 on 28 October 2012
         self.chat = self.start(changes=f"""{NO_PAUSE}; import time, types; times = iter({times})
 server.time = types.SimpleNamespace(time=lambda: next(times), monotonic=time.monotonic)""")
         bob = self.guest()
@@ -1053,8 +1055,8 @@ server.time = types.SimpleNamespace(time=lambda: next(times), monotonic=time.mon
             bob.until(f"{i}")
         page = self.window("Ann", timezone_id="Europe/Berlin", locale="en-GB", clock=times[-1] + 500_000)
         shown = page.locator("#chat b, #chat time, #chat .notice").filter(visible=True).all_text_contents()
-        self.assertEqual(re.sub(", ", " ", "|".join(shown[1:-1])), "Sunday 28 October 2012|Bob|02:30|Bob|02:31|"
-                         "Bob|02:30|Monday 29 October 2012|Bob|02:30")  # The hour between 2 and 3 repeats.
+        self.assertEqual(re.sub(", ", " ", "|".join(shown[1:-1])), "Sunday 28 October 2012|Bob|02:30|Bob|02:30|"
+                         "Bob|02:31|Monday 29 October 2012|Bob|02:30")  # An hour repeats.
 
     def test_each_script_has_its_direction(self):
         ann = self.window()
