@@ -868,7 +868,7 @@ class ThePage(PageTest):  # its part "The chat"
     def test_the_chat_alone_is_a_chat(self):
         ann, bob = (self.window(nick, cut=f"{NETWORK}|{COMFORT}") for nick in ("Ann", "Bob"))
         self.post(ann, "hello")
-        self.says(bob, ["hello"])
+        expect(bob.locator("#chat .message")).to_have_text(["Ann hello"])
         self.post(bob, "hi Ann")
         self.says(ann, ["hello", "hi Ann"])
         self.chat.stop()
