@@ -845,7 +845,7 @@ class ThePage(PageTest):  # its part "The chat"
         page.keyboard.type("\u200b\n")  # typed over the suggestion; nobody can see it
         expect(page.get_by_label("Nick")).to_be_visible()
         page.get_by_label("Nick").fill("")
-        page.keyboard.type("n" * 40 + "\nhi\n")
+        page.keyboard.type("n" * 31 + "\nhi\n")
         self.shows(page, "n" * 30 + " joined")
         page.get_by_label("Post as").fill("by a click")
         page.get_by_role("button", name="Post").click()
