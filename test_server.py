@@ -123,10 +123,11 @@ class Chat:
         (new := self.clock.with_suffix(".new")).write_text(f"{float(self.clock.read_text()) + seconds}")
         new.replace(self.clock)
         for _ in range(2 if self.process.poll() is None else 0):
-            with contextlib.suppress(ConnectionError), socket.create_connection(("127.0.0.1", self.port), WAIT) as there:
-                there.sendall(GET.encode())
-                while there.recv(65536):
-                    pass
+            with contextlib.suppress(ConnectionError):
+                with socket.create_connection(("127.0.0.1", self.port), WAIT) as there:
+                    there.sendall(GET.encode())
+                    while there.recv(65536):
+                        pass
 
     def stop(self, signum=signal.SIGTERM):
         """Stop it, unless a signal was sent already (0); return its exit status and its log, the first time."""
@@ -488,7 +489,8 @@ BAD = [
     (new_message("m" * 1240), "1,240 .* 1,000"), (new_message("m" * 1001, id="k3j9x"), "1,001"),
     (new_message(" " * 30000), "30,000"),
 ]
-ODD = ["ශ්\u200dරී", "علی\u200cرضا", "🏳️\u200d🌈", "a\x00", "\u2028b", "\u202eabc", "\U0001faff", " e\u0301 ", "Q" + "\u0316" * 29]
+ODD = ["ශ්\u200dරී", "علی\u200cرضا", "🏳️\u200d🌈", "a\x00", "\u2028b", "\u202eabc", "\U0001faff", " e\u0301 ",
+       "Q" + "\u0316" * 29]
 
 
 class Strangers(ChatTest):
