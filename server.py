@@ -54,7 +54,7 @@ from tornado import gen, httpserver
 
 connections = set()  # 2012: a list, with a check before each append and each remove.  A set needs no checks.
 messages = collections.deque(maxlen=100)  # 2012: a list, which grew for ever.  This one keeps the newest 100.
-guests = itertools.count(1)  # 1, 2, 3 …: each visitor of the page gets a number
+guests = itertools.count(1)  # 1, 2, 3 …: each visit of the page gets a number
 
 
 class MainHandler(web.RequestHandler):
@@ -94,7 +94,8 @@ class WSHandler(websocket.WebSocketHandler):
             self.announce("joined")
         else:
             # 2012: data went on to everybody as it came.  Now type, nick and time are set here.  A client that joined
-            # keeps its nick.  One that did not, such as the post's own page, gives a nick with each message.
+            # keeps its nick.  One that did not, such as the post's own page, gives a nick with each message.  Other
+            # fields still go on as they came.
             data.update(type="message", nick=self.nick or data["nick"], time=time.time())
             self.broadcast(data)
 
@@ -126,7 +127,7 @@ def send_to_all(entries):
 
 def as_object(entries):
     """Return the object in which the server sends a list of entries."""
-    # 2012: the type was "message".  The post's page would have taken the history for one message without a text.
+    # 2012: the list's type was "message".  The post's page would have taken the history for one message without a text.
     return {"type": "list", "data": entries, "online": len(connections)}
 
 
@@ -206,7 +207,7 @@ def flush():
 #
 #     {"type": "new_message", "message": "hi", "id": "k3j9x"}
 #
-# By the id, the server recognises a message that it already has.  So everybody hears the message once.
+# By the id, the server recognises a message that it already has.  So the others hear it once.
 #
 # A network can also die in silence.  To the page, that looks like a room in which nobody talks.  So
 # every 10 seconds, the server sends an empty list, called the heartbeat.  A page that gets no list for
@@ -326,7 +327,7 @@ def check(fields, nick):
 #
 # A WebSocket sends data in frames.  A frame is the data with a header, which says how long the data is.
 # For each client, write_json makes the same JSON, and Tornado makes the same frame.  This part makes the
-# frame of a list once for all clients, and hands it to TCP directly, without a future for each client.
+# frame of a list once for all clients, and hands it to TCP directly.
 #
 # It also disconnects a client that has been behind for 20 seconds, so that what it has not read does not
 # pile up.
@@ -341,7 +342,7 @@ PATIENCE = 20  # seconds
 class FastWSHandler(PublicWSHandler):
     """A client to which frames are written directly."""
 
-    behind_since = None  # the time when some data first had to wait for TCP, or None if nothing waits
+    behind_since = None  # since when data has been waiting for TCP, or None if TCP took all of the newest list
 
     def open(self):
         self.set_nodelay(True)  # Without this, TCP may hold a short frame back, to send it together with the next.
@@ -349,7 +350,7 @@ class FastWSHandler(PublicWSHandler):
 
     def on_message(self, data):
         if self.is_closing():
-            return None  # This was still in a buffer when the client left.  A page that comes back will send it again.
+            return None  # This was still in a buffer when the client left.  A page that comes back sends it again.
         # As long as a client does not read what it was sent, the pause is a second.  So the answers that it does not
         # read cannot fill the server's memory.
         self.pause = 1 if self.ws_connection.stream.writing() else PublicWSHandler.pause
