@@ -33,6 +33,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import types
 import unittest
@@ -272,7 +273,6 @@ class ChatTest(unittest.TestCase):
         end = time.monotonic() + WAIT
         while not there():
             self.assertLess(time.monotonic(), end, f"within {WAIT} s, it did not come about that {what}")
-
 
     def handlers(self, *handlers, **more):  # a server for each of these, one after the other
         for handler in handlers or HANDLERS:
@@ -1280,7 +1280,11 @@ class TheReadme(PageTest):
         process = self.enterContext(subprocess.Popen(
             command, cwd=self.folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **more))
         self.addCleanup(process.terminate)
-        next(line for line in process.stdout if ready in line)
+        too_late = threading.Timer(WAIT, process.kill)
+        too_late.start()
+        self.addCleanup(too_late.cancel)
+        self.assertTrue(any(ready in line for line in process.stdout), f"{command[0]} did not say {ready!r}")
+        too_late.cancel()
         return process
 
     def test_what_it_quotes_and_points_to_is_there(self):
@@ -1358,7 +1362,7 @@ class TheReadme(PageTest):
             self.assertEqual(list(dict.fromkeys(others)), list(dict.fromkeys(heard[2])))
 
         redis.terminate()
-        redis.wait()
+        redis.wait(WAIT)
         ann.say("wait for Redis")
         start_redis()
         bob.until("wait for Redis")
