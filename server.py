@@ -8,8 +8,8 @@
     python server.py        then open http://localhost:8888/ in two windows
 
 The first part of this script, "The chat", is the post's server: its handlers, in its order, under its names, with its
-mistakes mended.  A comment that starts with "2012:" says what the post had in that place.  New are joining and leaving,
-a suggested name for each visitor, the time of a message, and the number of clients that are online.
+mistakes mended.  A comment that starts with "2012:" says what the post had in that place.  Added are joining and
+leaving, a suggested name for each visitor, the time of a message, and the number of clients that are online.
 
 With this, the chat is complete.  The other parts make it fit for a real network, and you can skip them at first.  Each
 answers a question: What if 1,000 people talk at once?  What if a connection breaks?  What if a stranger sends nonsense,
@@ -25,11 +25,12 @@ The server sends one type, a list of entries.  A new client gets the history; af
 
     {"type": "list", "data": [...], "online": 3}
 
-An entry is what the page shows as one line: a message, or a notice from the server.
+An entry is what the page shows as one line: a message, or a notice from the server.  ("Strangers" adds an error.)
 
     {"type": "message", "nick": "Ann", "message": "hi", "time": 1795350666.49}
     {"type": "notice", "message": "Ann joined"}
 """
+import asyncio
 import collections
 import contextlib
 import itertools
@@ -38,9 +39,8 @@ import time
 
 from tornado import web, websocket
 
-# The rest of this script also needs these:
+# The other parts also need these:
 import argparse
-import asyncio
 import os
 import secrets
 import signal
@@ -68,7 +68,7 @@ class MainHandler(web.RequestHandler):
 class WSHandler(websocket.WebSocketHandler):
     """One client.  Tornado makes an object of this class for each connection to /chat.
 
-    A WebSocket starts as an HTTP request that asks for a change of the protocol.  The server agrees with status 101.
+    A WebSocket starts as an HTTP request that asks for a change of the protocol.  The server answers with status 101.
     This exchange is the handshake.  After it, the TCP connection stays open, and each side may send at any time.
 
     Tornado does the handshake.  Then it calls the methods here: open at the start, on_message whenever the client
@@ -78,14 +78,14 @@ class WSHandler(websocket.WebSocketHandler):
     nick = None  # until the client joins
 
     def write_json(self, entries):
-        """Send a list of entries to this client.  Return what write_message returns, or None if it is too late."""
+        """Send a list of entries to this client.  Return a future that is done when they are sent, or None."""
         # 2012: write_json(**kwargs) with json.dumps(**kwargs).  That is a TypeError: dumps wants one object.
-        with contextlib.suppress(websocket.WebSocketClosedError):  # The client is leaving.  on_close will be called.
+        with contextlib.suppress(websocket.WebSocketClosedError):  # The client is leaving.  on_close is called later.
             return self.write_message(json.dumps(as_object(entries)))
 
     def open(self):
         connections.add(self)
-        self.write_json(list(messages))  # the history
+        self.write_json(list(messages))  # the history, as a list: JSON knows no deque
 
     def on_message(self, data):
         data = json.loads(data)
@@ -93,9 +93,9 @@ class WSHandler(websocket.WebSocketHandler):
             self.nick = data["nick"]
             self.announce("joined")
         else:
-            # 2012: data went on to everybody as it came.  Now type, nick and time are set here.  A client that joined
-            # keeps its nick.  One that did not, such as the post's own page, gives a nick with each message.  Other
-            # fields still go on as they came.
+            # 2012: data went on to everybody as it came.  Here the server sets type, time and nick, so that a client
+            # that has joined cannot speak as somebody else.  (The post's own page does not join.  It gives a nick with
+            # each message.)  Other fields, such as the id in "A network that fails", go on as they came.
             data.update(type="message", nick=self.nick or data["nick"], time=time.time())
             self.broadcast(data)
 
@@ -109,7 +109,7 @@ class WSHandler(websocket.WebSocketHandler):
         self.broadcast({"type": "notice", "message": f"{self.nick} {what}"})
 
     def broadcast(self, entry):
-        """Tell everybody about an entry.  (The next parts override this method.)"""
+        """Tell everybody about an entry.  (This is a method of its own, as the next parts override it.)"""
         send_to_all([entry])
 
 
@@ -132,7 +132,7 @@ def as_object(entries):
 
 
 def make_app(handler, **settings):
-    """Return the application.  handler: the class for /chat.  settings: Tornado's."""
+    """Return the application.  handler is the class for /chat, and settings are for Tornado."""
     # 2012: application = web.Application([…])
     return web.Application([
         (r"/", MainHandler),  # HTML chat homepage
@@ -157,6 +157,9 @@ def make_app(handler, **settings):
 #     A network that fails    ReliableWSHandler    write_json                              announce  broadcast
 #     Strangers               PublicWSHandler                        on_message
 #     Speed                   FastWSHandler        write_json  open  on_message
+#
+# Most of them also call the method that they override.  Only CrowdWSHandler.broadcast and
+# FastWSHandler.write_json take its place.
 #
 # The script runs the last class.  To see what a part is good for, name a class before it:
 #
@@ -195,7 +198,7 @@ class CrowdWSHandler(WSHandler):
 def flush():
     """Send all that is in the outbox to all clients."""
     entries = outbox.copy()
-    outbox.clear()  # first, in case that send_to_all fails
+    outbox.clear()  # first: even if send_to_all fails, the next entry finds the outbox empty, and flush is called
     send_to_all(entries)
 
 
@@ -226,9 +229,9 @@ class ReliableWSHandler(CrowdWSHandler):
 
     def broadcast(self, entry):
         if entry["type"] == "message":
-            id = entry.setdefault("id", secrets.token_urlsafe())  # The post's page sends none.
+            id = entry.setdefault("id", secrets.token_urlsafe())  # The post's page sends no id.
             if id in known:
-                return self.write_json([known[id]])  # This tells the sender, and nobody else, that it has arrived.
+                return self.write_json([known[id]])  # a repetition: only its sender is told that it has arrived
             known[id] = entry
             if len(known) > MEMORY:
                 del known[next(iter(known))]  # the oldest
@@ -241,8 +244,8 @@ class ReliableWSHandler(CrowdWSHandler):
             super().announce(what)
 
     def write_json(self, entries):
-        # The future is done when the data has been sent.  If the connection breaks first, it gets an exception, and
-        # asyncio prints that, unless somebody has called exception().  There is nothing else to do about it.
+        # If the connection breaks before all is sent, the future gets an exception.  asyncio prints an exception that
+        # nobody has asked for.  So this asks for it, and does nothing about it: on_close will be called.
         future = super().write_json(entries)
         if future:
             future.add_done_callback(lambda future: future.cancelled() or future.exception())
@@ -266,8 +269,10 @@ def heartbeat():
 # (Tornado itself refuses a WebSocket to the pages of other sites.)
 # =================================================================================================
 
-LENGTHS = {"type": 11, "nick": 30, "message": 1000, "id": 64}  # the known fields, and how many characters they may have
-INVISIBLE = {"Cc", "Cf", "Mn", "Zs", "Zl", "Zp"}  # Unicode's categories: control, format, combining, and spaces
+# The fields that a client may send, and how many characters each may have:
+LENGTHS = {"type": len("new_message"), "nick": 30, "message": 1000, "id": 64}
+# Nobody can see a text of nothing but these categories of Unicode: control, format, combining, and spaces.
+INVISIBLE = {"Cc", "Cf", "Mn", "Zs", "Zl", "Zp"}
 
 
 class PublicWSHandler(ReliableWSHandler):
@@ -280,15 +285,15 @@ class PublicWSHandler(ReliableWSHandler):
         try:
             check(fields, self.nick)
         except ValueError as problem:
-            # The id says which message was wrong, if it is a proper id.
+            # By the id, if it is a proper one, the page knows which message was refused.
             id = fields.get("id")
             proper = isinstance(id, str) and len(id) <= LENGTHS["id"]
             self.write_json([{"type": "error", "message": str(problem), "id": id if proper else None}])
         else:
-            super().on_message(data)  # That parses data again, as it also has to work without this part.
-        # on_message may return a future.  Then Tornado waits for it before it handles this client's next message.
-        # Meanwhile messages wait in Tornado's and in TCP's buffers.  When these are full, TCP makes the client wait.
-        # This is called backpressure: a client that floods the chat slows down itself more than the others.
+            super().on_message(data)  # WSHandler parses data once more, as it also works without this part.
+        # gen.sleep gives a future.  When on_message returns one, Tornado waits for it before it handles this client's
+        # next message.  Meanwhile messages wait in Tornado's and in TCP's buffers.  When these are full, TCP makes the
+        # client wait.  This is called backpressure: a client that floods the chat slows down itself more than others.
         return gen.sleep(self.pause)
 
 
@@ -301,7 +306,7 @@ def parse(data):
 
 
 def check(fields, nick):
-    """Raise ValueError, which says what is wrong, if a client may not send these fields.
+    """Raise ValueError, with the reason, if a client may not send these fields.
 
     nick: the one that the client has joined with, or None.
     """
@@ -342,7 +347,7 @@ PATIENCE = 20  # seconds
 class FastWSHandler(PublicWSHandler):
     """A client to which frames are written directly."""
 
-    behind_since = None  # since when data has been waiting for TCP, or None if TCP took all of the newest list
+    behind_since = None  # when this client fell behind, or None if TCP has taken all that was sent
 
     def open(self):
         self.set_nodelay(True)  # Without this, TCP may hold a short frame back, to send it together with the next.
@@ -351,8 +356,8 @@ class FastWSHandler(PublicWSHandler):
     def on_message(self, data):
         if self.is_closing():
             return None  # This was still in a buffer when the client left.  A page that comes back sends it again.
-        # As long as a client does not read what it was sent, the pause is a second.  So the answers that it does not
-        # read cannot fill the server's memory.
+        # A client that sends, but does not read, still gets an answer to each message.  These pile up here.  So it is
+        # heard only once a second.
         self.pause = 1 if self.ws_connection.stream.writing() else PublicWSHandler.pause
         return super().on_message(data)
 
@@ -374,12 +379,12 @@ class FastWSHandler(PublicWSHandler):
         return self.ws_connection is None or self.ws_connection.is_closing()
 
 
-newest = {"entries": None}  # the entries that were sent last, how many clients were online then, and the frame
+newest = {"entries": None, "online": None, "frame": None}  # the frame that was made last, and from what
 
 
 def frame(entries):
     """Return the WebSocket frame with a list of entries in it (RFC 6455, section 5.2)."""
-    # For the loop in send_to_all, the frame is made once, as all its clients get the same list.
+    # In the loop in send_to_all, all clients get the same list, which nobody changes later.  Its frame is made once.
     if newest["entries"] is entries and newest["online"] == len(connections):
         return newest["frame"]
     # ensure_ascii=False: letters such as я and 你 take two or three bytes, and not six.  errors="replace": half an
@@ -393,7 +398,7 @@ def frame(entries):
         header = bytes([0x81, 126]) + len(payload).to_bytes(2, "big")
     else:
         header = bytes([0x81, 127]) + len(payload).to_bytes(8, "big")
-    # A slice of a memoryview is no copy: slow clients share a long frame.
+    # The rest of a frame, for which TCP has no room, is a slice.  A slice of a memoryview is no copy.
     newest.update(entries=entries, online=len(connections), frame=memoryview(header + payload))
     return newest["frame"]
 
@@ -461,10 +466,10 @@ class LimitedHTTPServer(httpserver.HTTPServer):
 
 
 async def goodbye():
-    """Close all connections, and wait up to 2 seconds until the clients have agreed."""
+    """Close all connections, and wait up to 2 seconds until the clients have closed them, too."""
     await asyncio.sleep(0.1)  # so that messages that have just arrived are still sent
     end = time.monotonic() + 2
-    while connections and time.monotonic() < end:  # repeated, as some handshakes may end only now
+    while connections and time.monotonic() < end:  # again and again, as some handshakes end only now
         for con in connections:
             con.close(1001, "the server stops")  # 1001 means: going away (RFC 6455, section 7.4)
         await asyncio.sleep(0.05)
