@@ -198,7 +198,7 @@ class CrowdWSHandler(WSHandler):
 def flush():
     """Send all that is in the outbox to all clients."""
     entries = outbox.copy()
-    outbox.clear()  # first: even if send_to_all fails, the next entry finds the outbox empty, and flush is called
+    outbox.clear()  # first, so that an error in send_to_all does not end the chat
     send_to_all(entries)
 
 
@@ -379,13 +379,13 @@ class FastWSHandler(PublicWSHandler):
         return self.ws_connection is None or self.ws_connection.is_closing()
 
 
-newest = {"entries": None, "online": None, "frame": None}  # the frame that was made last, and from what
+newest = {"entries": None, "frame": None}  # the list that was sent last, and its frame
 
 
 def frame(entries):
     """Return the WebSocket frame with a list of entries in it (RFC 6455, section 5.2)."""
     # In the loop in send_to_all, all clients get the same list, which nobody changes later.  Its frame is made once.
-    if newest["entries"] is entries and newest["online"] == len(connections):
+    if newest["entries"] is entries:
         return newest["frame"]
     # ensure_ascii=False: letters such as я and 你 take two or three bytes, and not six.  errors="replace": half an
     # emoji cannot be written in bytes, and becomes a question mark.
@@ -399,7 +399,7 @@ def frame(entries):
     else:
         header = bytes([0x81, 127]) + len(payload).to_bytes(8, "big")
     # The rest of a frame, for which TCP has no room, is a slice.  A slice of a memoryview is no copy.
-    newest.update(entries=entries, online=len(connections), frame=memoryview(header + payload))
+    newest.update(entries=entries, frame=memoryview(header + payload))
     return newest["frame"]
 
 
