@@ -1039,9 +1039,9 @@ class TheReadme(PageTest):
         start = re.sub("(?m)^#     |^#$", "", lines).replace("await", "print('is open', flush=True)\n    await")
         start = start.replace("8888", f"{(port := free_port())}")
         chat = self.start(changes=f"import asyncio; exec({start!r}, vars(server))", port=port)
+        self.addCleanup(chat.stop, signal.SIGKILL)
         ann, bob = (self.guest(nick, chat) for nick in ("Ann", "Bob"))
         bob.until(ann.say("hi"))
-        chat.stop(signal.SIGKILL)
 
     def test_behind_a_proxy_with_tls_and_under_a_path(self):
         need(shutil.which("caddy"), "Caddy", "install your system's package, on Debian `apt-get install caddy`")
