@@ -25,7 +25,7 @@ The server sends one type, a list of entries.  A new client gets the history; af
 
     {"type": "list", "data": [...], "online": 3}
 
-An entry is what the page shows as one line: a message, or a notice from the server.  ("Strangers" adds an error.)
+An entry is what the page shows as one line: a message, or a notice from the server.  (A later part adds an error.)
 
     {"type": "message", "nick": "Ann", "message": "hi", "time": 1795350666.49}
     {"type": "notice", "message": "Ann joined"}
@@ -78,10 +78,10 @@ class WSHandler(websocket.WebSocketHandler):
     nick = None  # until the client joins
 
     def write_json(self, entries):
-        """Send a list of entries to this client.  Return a future that is done when they are sent, or None."""
+        """Send a list of entries to this client."""
         # 2012: write_json(**kwargs) with json.dumps(**kwargs).  That is a TypeError: dumps wants one object.
         with contextlib.suppress(websocket.WebSocketClosedError):  # The client is leaving.  on_close is called later.
-            return self.write_message(json.dumps(as_object(entries)))
+            self.write_message(json.dumps(as_object(entries)))
 
     def open(self):
         connections.add(self)
@@ -93,9 +93,8 @@ class WSHandler(websocket.WebSocketHandler):
             self.nick = data["nick"]
             self.announce("joined")
         else:
-            # 2012: data went on to everybody as it came.  Here the server sets type, time and nick, so that a client
-            # that has joined cannot speak as somebody else.  (The post's own page does not join.  It gives a nick with
-            # each message.)  Other fields, such as the id in "A network that fails", go on as they came.
+            # 2012: data went on to everybody as it came.  Here the server sets type, nick and time.  Other fields go on
+            # as they came.  (The post's own page does not join.  It gives a nick with each message.)
             data.update(type="message", nick=self.nick or data["nick"], time=time.time())
             self.broadcast(data)
 
@@ -109,7 +108,7 @@ class WSHandler(websocket.WebSocketHandler):
         self.broadcast({"type": "notice", "message": f"{self.nick} {what}"})
 
     def broadcast(self, entry):
-        """Tell everybody about an entry.  (This is a method of its own, as the next parts override it.)"""
+        """Tell everybody about an entry.  (It is a method of its own because later parts override it.)"""
         send_to_all([entry])
 
 
@@ -120,13 +119,14 @@ def send_to_all(entries):
     #           con.write_json(data)
     #
     # This loop would have kept a message once for each client.  And its write_json(data) was one more TypeError.
+    # (When a client is gone, Tornado calls on_close later, and not within the loop.)
     messages.extend(entry for entry in entries if entry["type"] == "message")
     for con in connections:
         con.write_json(entries)
 
 
 def as_object(entries):
-    """Return the object in which the server sends a list of entries."""
+    """Wrap a list of entries as the object that the clients get."""
     # 2012: the list's type was "message".  The post's page would have taken the history for one message without a text.
     return {"type": "list", "data": entries, "online": len(connections)}
 
@@ -149,17 +149,19 @@ def make_app(handler, **settings):
 #
 #     asyncio.run(main())
 #
+# (With the whole page, they would also need the heartbeat of "A network that fails".)
+#
 # What this script has instead is at its end, in "How it starts".  Between here and there, four parts
 # override some of the methods above, each in a subclass of the class before:
 #
 #     The chat                WSHandler            write_json  open  on_message  on_close  announce  broadcast
 #     A crowd                 CrowdWSHandler                                                         broadcast
-#     A network that fails    ReliableWSHandler    write_json                              announce  broadcast
+#     A network that fails    ReliableWSHandler                                            announce  broadcast
 #     Strangers               PublicWSHandler                        on_message
 #     Speed                   FastWSHandler        write_json  open  on_message
 #
-# Most of them also call the method that they override.  Only CrowdWSHandler.broadcast and
-# FastWSHandler.write_json take its place.
+# Most of them also call the method that they override.  Two replace it: CrowdWSHandler.broadcast and
+# FastWSHandler.write_json.
 #
 # The script runs the last class.  To see what a part is good for, name a class before it:
 #
@@ -198,7 +200,7 @@ class CrowdWSHandler(WSHandler):
 def flush():
     """Send all that is in the outbox to all clients."""
     entries = outbox.copy()
-    outbox.clear()  # first, so that an error in send_to_all does not end the chat
+    outbox.clear()  # first: if it stayed full after an error, broadcast would never ask for flush again
     send_to_all(entries)
 
 
@@ -218,7 +220,6 @@ def flush():
 # WebSockets.  Browsers answer pings by themselves, and do not tell the page.)
 # =================================================================================================
 
-HEARTBEAT = 10   # seconds
 MEMORY = 10_000  # messages
 
 known = {}  # id -> message, the oldest first
@@ -229,7 +230,7 @@ class ReliableWSHandler(CrowdWSHandler):
 
     def broadcast(self, entry):
         if entry["type"] == "message":
-            id = entry.setdefault("id", secrets.token_urlsafe())  # The post's page sends no id.
+            id = entry.setdefault("id", secrets.token_urlsafe())  # The post's page sends none.
             if id in known:
                 return self.write_json([known[id]])  # a repetition: only its sender is told that it has arrived
             known[id] = entry
@@ -238,22 +239,22 @@ class ReliableWSHandler(CrowdWSHandler):
         super().broadcast(entry)
 
     def announce(self, what):
-        # When Ann comes back, the server may not know yet that her old connection is dead.  To everybody else, she was
-        # there all the time.  (Nicks are not accounts: a second Ann is not announced either.)
+        # When Ann comes back, the server may not know yet that her old connection is dead.  As long as another
+        # connection has the same nick, nobody has joined or left.  (Nicks are not accounts: this may be another Ann.)
         if not any(con.nick == self.nick for con in connections if con is not self):
             super().announce(what)
 
-    def write_json(self, entries):
-        # If the connection breaks before all is sent, the future gets an exception.  asyncio prints an exception that
-        # nobody has asked for.  So this asks for it, and does nothing about it: on_close will be called.
-        future = super().write_json(entries)
-        if future:
-            future.add_done_callback(lambda future: future.cancelled() or future.exception())
+    def write_message(self, message, binary=False):
+        # This is Tornado's method.  It returns a future, which gets an exception if the connection breaks before all is
+        # sent.  asyncio prints that, unless somebody asks for it, as is done here.  on_close does the rest.
+        future = super().write_message(message, binary)
+        future.add_done_callback(lambda future: future.cancelled() or future.exception())
+        return future
 
 
 def heartbeat():
     """Send an empty list to all clients, at once and then every 10 seconds."""
-    asyncio.get_running_loop().call_later(HEARTBEAT, heartbeat)
+    asyncio.get_running_loop().call_later(10, heartbeat)
     send_to_all([])
 
 
@@ -266,12 +267,12 @@ def heartbeat():
 #
 #     {"type": "error", "message": "what was wrong", "id": "k3j9x"}
 #
-# (Tornado itself refuses a WebSocket to the pages of other sites.)
+# (Tornado already refuses WebSockets that the pages of other sites open.)
 # =================================================================================================
 
-# The fields that a client may send, and how many characters each may have:
-LENGTHS = {"type": len("new_message"), "nick": 30, "message": 1000, "id": 64}
-# Nobody can see a text of nothing but these categories of Unicode: control, format, combining, and spaces.
+# The fields that a client may send, and how many characters each may have ("new_message" has 11):
+LENGTHS = {"type": 11, "nick": 30, "message": 1000, "id": 64}
+# A text made only of these categories of Unicode cannot be seen: control, format, combining, and spaces.
 INVISIBLE = {"Cc", "Cf", "Mn", "Zs", "Zl", "Zp"}
 
 
@@ -285,15 +286,13 @@ class PublicWSHandler(ReliableWSHandler):
         try:
             check(fields, self.nick)
         except ValueError as problem:
-            # By the id, if it is a proper one, the page knows which message was refused.
-            id = fields.get("id")
-            proper = isinstance(id, str) and len(id) <= LENGTHS["id"]
-            self.write_json([{"type": "error", "message": str(problem), "id": id if proper else None}])
+            id = fields.get("id")  # If it is a text, it tells the page which message was refused.
+            self.write_json([{"type": "error", "message": str(problem), "id": id if isinstance(id, str) else None}])
         else:
-            super().on_message(data)  # WSHandler parses data once more, as it also works without this part.
+            super().on_message(data)  # the text itself, as WSHandler parses it on its own
         # gen.sleep gives a future.  When on_message returns one, Tornado waits for it before it handles this client's
         # next message.  Meanwhile messages wait in Tornado's and in TCP's buffers.  When these are full, TCP makes the
-        # client wait.  This is called backpressure: a client that floods the chat slows down itself more than others.
+        # client wait.  This is called backpressure: a client that floods the chat mostly slows down itself.
         return gen.sleep(self.pause)
 
 
@@ -306,17 +305,19 @@ def parse(data):
 
 
 def check(fields, nick):
-    """Raise ValueError, with the reason, if a client may not send these fields.
+    """Raise ValueError, with the reason, if a client is not allowed to send these fields.
 
     nick: the one that the client has joined with, or None.
     """
     if fields.get("type") == "join" and not nick:
-        required = ["nick"]
+        required = {"nick"}
     elif fields.get("type") == "new_message":
-        required = ["message"] if nick else ["nick", "message"]
+        required = {"message"} if nick else {"nick", "message"}
     else:
         raise ValueError('Send a JSON object of the type "new_message" or, once, "join".')
-    for name, text in (dict.fromkeys(required) | fields).items():  # a required field that is missing is None
+    if missing := required - fields.keys():
+        raise ValueError(f"Missing: {', '.join(sorted(missing))}.")
+    for name, text in fields.items():
         if name not in LENGTHS:
             raise ValueError("Send no other fields than type, nick, message and id.")
         if not isinstance(text, str):
@@ -337,8 +338,8 @@ def check(fields, nick):
 # It also disconnects a client that has been behind for 20 seconds, so that what it has not read does not
 # pile up.
 #
-# The price: it uses stream, which is Tornado's end of the TCP connection, by way of ws_connection, which
-# Tornado does not document.  If a later Tornado changes this, run the script with PublicWSHandler.
+# The price: it reaches Tornado's end of the TCP connection, the stream, through ws_connection.  Tornado
+# does not document that.  If a later Tornado changes it, run the script with PublicWSHandler.
 # =================================================================================================
 
 PATIENCE = 20  # seconds
@@ -355,9 +356,9 @@ class FastWSHandler(PublicWSHandler):
 
     def on_message(self, data):
         if self.is_closing():
-            return None  # This was still in a buffer when the client left.  A page that comes back sends it again.
-        # A client that sends, but does not read, still gets an answer to each message.  These pile up here.  So it is
-        # heard only once a second.
+            return None  # A late message of a client that is gone.  If its page comes back, it sends it again.
+        # Each message is answered, at least to its sender.  If a client sends, but does not read, the answers pile up
+        # in the server's memory.  So it is heard only once a second.
         self.pause = 1 if self.ws_connection.stream.writing() else PublicWSHandler.pause
         return super().on_message(data)
 
@@ -387,8 +388,8 @@ def frame(entries):
     # In the loop in send_to_all, all clients get the same list, which nobody changes later.  Its frame is made once.
     if newest["entries"] is entries:
         return newest["frame"]
-    # ensure_ascii=False: letters such as я and 你 take two or three bytes, and not six.  errors="replace": half an
-    # emoji cannot be written in bytes, and becomes a question mark.
+    # ensure_ascii=False: letters such as я and 你 take two or three bytes, and not six.  errors="replace": half a
+    # surrogate pair, which JavaScript can send, cannot be written in bytes, and becomes a question mark.
     payload = json.dumps(as_object(entries), ensure_ascii=False).encode(errors="replace")
     # The first byte, 0x81, means: this is text, and all of it is in this frame.  Then comes the length.  Up to 125, it
     # takes one byte.  A greater length takes the number 126 and two bytes, or the number 127 and eight bytes.
@@ -398,7 +399,7 @@ def frame(entries):
         header = bytes([0x81, 126]) + len(payload).to_bytes(2, "big")
     else:
         header = bytes([0x81, 127]) + len(payload).to_bytes(8, "big")
-    # The rest of a frame, for which TCP has no room, is a slice.  A slice of a memoryview is no copy.
+    # write_json cuts off what TCP has taken.  To slice a memoryview copies nothing.
     newest.update(entries=entries, frame=memoryview(header + payload))
     return newest["frame"]
 
@@ -409,7 +410,7 @@ def frame(entries):
 
 HANDLERS = {cls.__name__: cls for cls in (WSHandler, CrowdWSHandler, ReliableWSHandler, PublicWSHandler, FastWSHandler)}
 SETTINGS = {
-    "websocket_ping_interval": 20,  # seconds.  A client that has not answered until the next ping is disconnected.
+    "websocket_ping_interval": 20,  # seconds.  A client that has not answered by the next ping is disconnected.
     "websocket_max_message_size": 32 * 1024,  # bytes.  A client that sends more at once is disconnected.
     "compiled_template_cache": False,  # Tornado reads test.html again for each visit, so an edit needs no restart.
 }
@@ -469,7 +470,7 @@ async def goodbye():
     """Close all connections, and wait up to 2 seconds until the clients have closed them, too."""
     await asyncio.sleep(0.1)  # so that messages that have just arrived are still sent
     end = time.monotonic() + 2
-    while connections and time.monotonic() < end:  # again and again, as some handshakes end only now
+    while connections and time.monotonic() < end:  # again and again: a handshake under way may add one
         for con in connections:
             con.close(1001, "the server stops")  # 1001 means: going away (RFC 6455, section 7.4)
         await asyncio.sleep(0.05)
