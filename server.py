@@ -200,7 +200,7 @@ class CrowdWSHandler(WSHandler):
 def flush():
     """Send all that is in the outbox to all clients."""
     entries = outbox.copy()
-    outbox.clear()  # first: if it stayed full after an error, broadcast would never ask for flush again
+    outbox.clear()  # first: after an error, a full outbox would never be flushed
     send_to_all(entries)
 
 
