@@ -68,6 +68,14 @@ def need(there, what, how):  # skip a test that lacks something, and say how to 
         raise unittest.SkipTest(f"{what} is absent. To run this test: {how}")
 
 
+def eventually(there, what):  # wait until there() is true
+    end = time.monotonic() + WAIT
+    while not there():
+        if time.monotonic() > end:
+            raise AssertionError(f"within {WAIT} s, it did not come about that {what}")
+        time.sleep(0.001)
+
+
 @functools.cache
 def folder():  # for what the tests write
     return unittest.enterModuleContext(tempfile.TemporaryDirectory())
@@ -122,18 +130,18 @@ class Chat:
         self.process = self.PROCESSES.Process(daemon=True, target=serve, args=(
             program or script and [sys.executable, script, *options], options, changes, env, self.out, self.log))
         self.process.start()
-        end = time.monotonic() + WAIT
-        while self.process.exitcode is None and ready not in self.out.read_text() + self.log.read_text():
-            if time.monotonic() > end:
-                raise AssertionError(f"{script or program or 'the server'} did not say {ready!r} within {WAIT} s")
-            time.sleep(0.002)
+        eventually(lambda: ready in self.out.read_text() + self.log.read_text() or self.process.exitcode is not None,
+                   f"{script or program or 'the server'} says {ready!r}")
 
     def later(self, seconds):  # move the clock on, and wait until the server has done what is due
         (new := self.clock.with_suffix(".new")).write_text(f"{float(self.clock.read_text()) + seconds}")
         new.replace(self.clock)
         for _ in range(2):
             with contextlib.suppress(OSError):
-                urllib.request.urlopen(f"http://localhost:{self.port}/", timeout=WAIT).read()
+                self.page()
+
+    def page(self, host="localhost"):
+        return urllib.request.urlopen(f"http://{host}:{self.port}/", timeout=WAIT).read().decode()
 
     def signal(self, signum):
         if self.process.exitcode is None:
@@ -187,15 +195,13 @@ class Guest:
 
     def event(self, what, end):  # the response to the handshake, then one frame after the other
         while not self.events:
-            self.socket.settimeout(max(end - time.monotonic(), 0.001))
-            with contextlib.suppress(TimeoutError):
-                if not (data := self.socket.recv(1 << 20)):
-                    raise ConnectionError("the server has hung up")
-                self.protocol.receive_data(data)
-                self.events += self.protocol.events_received()
-                self.raw(*self.protocol.data_to_send())  # it answers pings
-            if time.monotonic() > end:
-                raise AssertionError(f"{what!r} did not come within {WAIT} s; these came: {self.events} {self.lines}")
+            if not select.select([self.socket], [], [], max(end - time.monotonic(), 0))[0]:
+                raise AssertionError(f"{what!r} did not come within {WAIT} s; these came: {self.lines}")
+            if not (data := self.socket.recv(1 << 20)):
+                raise ConnectionError("the server has hung up")
+            self.protocol.receive_data(data)
+            self.events += self.protocol.events_received()
+            self.raw(*self.protocol.data_to_send())  # it answers pings
         return self.events.pop(0)
 
     def list(self, what="a list", end=None):  # the next list of the server, with what is around it
@@ -251,13 +257,6 @@ class ChatTest(unittest.TestCase):
         self.addCleanup(stranger.close)
         return stranger
 
-    def page(self, chat=None, host="localhost"):
-        return urllib.request.urlopen(f"http://{host}:{(chat or self.chat).port}/", timeout=WAIT).read().decode()
-
-    def eventually(self, there, what):  # wait until there() is true
-        end = time.monotonic() + WAIT
-        while not there():
-            self.assertLess(time.monotonic(), end, f"within {WAIT} s, it did not come about that {what}")
 
 
 class TheChat(ChatTest):
@@ -278,7 +277,7 @@ class TheChat(ChatTest):
             self.assertEqual(ann.list(), news)
         self.assertEqual((nobody := self.guest()).list()["data"], [])
         nobody.vanish()  # Who never joined leaves without a word.
-        self.eventually(lambda: ann.say("hi") and ann.list()["online"] == 2, "two are online")
+        eventually(lambda: ann.say("hi") and ann.list()["online"] == 2, "two are online")
         heard = [line["message"] for line in cleo.until(ann.say("the end")) if "nick" not in line]
         self.assertEqual(heard, ["Ann joined", "Bob joined", "Bob left"])
 
@@ -300,14 +299,13 @@ server.WSHandler.on_message = lambda self, data: before(self, data.replace("hi",
             chat = self.start("--handler", handler)
             ann, ghosts = self.guest("Ann", chat), [self.guest(nick, chat) for nick in ("Ghost", None, None, None)]
             with chat.frozen():
-                for _ in range(30):
-                    ann.raw(frame(new_message("x" * 1000)))
+                ann.raw(*[frame(new_message("x" * 1000))] * 30)
                 for ghost in ghosts:
                     ghost.vanish()
                 for _ in range(20):
                     self.stranger(HANDSHAKE, chat).close()
             ann.until("Ghost left")
-            self.eventually(lambda: ann.say("hi") and ann.list()["online"] == 1, "one is online")
+            eventually(lambda: ann.say("hi") and ann.list()["online"] == 1, "one is online")
             if handler in HANDLERS[:2]:
                 chat.stop(signal.SIGKILL)  # These log it.
 
@@ -359,7 +357,7 @@ class ANetworkThatFails(ChatTest):
         new.send({"type": "join", "nick": "Bob"})
         new.until(new.say("I am back"))
         old.vanish()
-        self.eventually(lambda: new.say("hi") and new.list()["online"] == 2, "two are online")
+        eventually(lambda: new.say("hi") and new.list()["online"] == 2, "two are online")
         new.vanish()
         self.assertEqual([line["message"] for line in ann.until("Bob left") if "nick" not in line], ["Bob left"])
 
@@ -504,9 +502,9 @@ class HowItStarts(ChatTest):
         for options, host in ([], "localhost"), (["--address="], "localhost"), (["--address=::1"], "[::1]"):
             chat = self.start(*options, script=SCRIPT)
             self.assertIn(f" http://{host}:{chat.port}/ ", chat.out.read_text())
-            self.assertIn("Welcome to ScopyChat", self.page(chat, host))
-            self.assertRaises(OSError, self.page, chat, "127.0.0.2")
-        self.assertIn("Welcome to ScopyChat", self.page(self.start("--address=0.0.0.0"), "127.0.0.2"))
+            self.assertIn("Welcome to ScopyChat", chat.page(host))
+            self.assertRaises(OSError, chat.page, "127.0.0.2")
+        self.assertIn("Welcome to ScopyChat", self.start("--address=0.0.0.0").page("127.0.0.2"))
 
     def test_options_have_defaults_and_wrong_ones_get_one_clear_line(self):
         self.assertRegex(Chat("--help", script=SCRIPT).out.read_text(), r"--port PORT +default: 8888\n")
@@ -522,7 +520,7 @@ class HowItStarts(ChatTest):
         for guest, title in ("User1", "Welcome to ScopyChat"), ("User2", "Edited"):
             page = (HERE / "test.html").read_text().replace("Welcome to ScopyChat", title)
             pathlib.Path(folder(), "test.html").write_text(page)
-            self.assertRegex(self.page(chat), rf'<h1>{title}</h1>(?s:.*) value="{guest}"')
+            self.assertRegex(chat.page(), rf'<h1>{title}</h1>(?s:.*) value="{guest}"')
 
     def test_when_files_run_out_newcomers_are_hung_up_on(self):
         chat = self.start(changes="import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))")
@@ -533,7 +531,7 @@ class HowItStarts(ChatTest):
         self.assertEqual({self.guest(chat=chat).status for _ in range(100)}, {None})
         room[1].until(room[0].say("we talk on"))
         room[2].vanish()
-        self.eventually(lambda: self.guest(chat=chat).status, "there is room again")
+        eventually(lambda: self.guest(chat=chat).status, "there is room again")
 
     def test_where_no_limit_on_files_is_known_it_serves_all(self):
         for unknown in "del server.os.sysconf", "server.os.sysconf = lambda name: -1":  # the first is Windows
@@ -650,17 +648,15 @@ class PageTest(ChatTest):
     @contextlib.contextmanager
     def offline(self, page, chance=1):  # its connection breaks, and it gets no new one, however long it waits
         page.evaluate("chance => { Math.random = () => chance; ws.close(); }", chance)
-        self.eventually(lambda: page.evaluate("ws.readyState") == 3, "its connection is closed")
+        eventually(lambda: page.evaluate("ws.readyState") == 3, "its connection is closed")
         with contextlib.ExitStack() as end:
             end.callback(page.context.set_offline, False)
             page.context.set_offline(True)
             yield
 
-    def runs(self, page, until=None, seconds=60):  # let its clock run until it is online, or until this
-        while not (until() if until else "online" in page.locator("#status").text_content()):
-            self.assertGreater(seconds := seconds - 3, 0, page.locator("main").inner_text())
-            page.clock.run_for(3000)
-            page.wait_for_timeout(20)  # what was sent meanwhile arrives
+    def runs(self, page, until=lambda page: "online" in page.locator("#status").text_content()):
+        # Let its clock run until this.  In each pause of 20 ms, what was sent meanwhile arrives.
+        eventually(lambda: until(page) or page.clock.run_for(3000) or page.wait_for_timeout(20), "it is online again")
 
 
 class ThePage(PageTest):  # its part "The chat"
@@ -716,7 +712,7 @@ class ThePage(PageTest):  # its part "The chat"
         held = []
         page = self.window(jquery=lambda route: held.append(route))
         for body in JQUERY.read_bytes() + b" ", JQUERY.read_bytes():  # the first is not what was published
-            self.eventually(lambda: held or page.wait_for_timeout(10), "the page asks for jQuery")
+            eventually(lambda: held or page.wait_for_timeout(10), "the page asks for jQuery")
             expect(page.get_by_text("Waiting for jQuery")).to_be_visible()
             expect(page.get_by_label("Nick")).to_be_hidden()
             answer(held.pop(), body)
@@ -756,7 +752,7 @@ class ThePageOnANetworkThatFails(PageTest):
             ann.clock.run_for(2_500)
             self.assertEqual(ann.get_by_text("chat server disconnected: no answer").count(), 1)
             self.post(ann, "can you hear me?")
-            self.runs(ann, lambda: len(ann.sockets) > 2)  # an attempt that meets silence is not the last one
+            self.runs(ann, lambda ann: len(ann.sockets) > 2)  # an attempt that meets silence is not the last one
         self.runs(ann)
         bob.until("can you hear me?")
         for message in "yes", "go on":
@@ -937,10 +933,10 @@ server.time = types.SimpleNamespace(time=lambda: next(times), monotonic=time.mon
             if (record.target.ariaLive === 'polite') { read.push(...record.addedNodes); }
         })).observe(document.querySelector('#chat'), {childList: true})""")
         self.join(ann, "Ann")
-        self.runs(ann, lambda: ann.locator("#chat").get_attribute("aria-live") == "polite")
+        self.runs(ann, lambda ann: ann.locator("#chat").get_attribute("aria-live") == "polite")
         self.shows(ann, self.post(ann, "my own line"))
         with self.offline(ann):
-            self.runs(ann, lambda: len(ann.sockets) > 2)
+            self.runs(ann, lambda ann: len(ann.sockets) > 2)
         self.runs(ann)
         read = ann.evaluate("read.map(line => line.textContent.match(/history|my own line|(dis)?connected/)?.[0])")
         self.assertEqual([*filter(None, read)], ["my own line", "disconnected", "connected"])
