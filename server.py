@@ -80,7 +80,7 @@ class WSHandler(websocket.WebSocketHandler):
     def write_json(self, entries):
         """Send a list of entries to this client."""
         # 2012: write_json(**kwargs) with json.dumps(**kwargs).  That is a TypeError: dumps wants one object.
-        with contextlib.suppress(websocket.WebSocketClosedError):  # The client is leaving.  on_close is called later.
+        with contextlib.suppress(websocket.WebSocketClosedError):  # It has just gone.  Tornado will call on_close.
             self.write_message(json.dumps(as_object(entries)))
 
     def open(self):
@@ -93,8 +93,9 @@ class WSHandler(websocket.WebSocketHandler):
             self.nick = data["nick"]
             self.announce("joined")
         else:
-            # 2012: data went on to everybody as it came.  Here the server sets type, nick and time.  Other fields go on
-            # as they came.  (The post's own page does not join.  It gives a nick with each message.)
+            # 2012: data went on to everybody as it came.  Here the server sets type, nick and time.  Other fields, such
+            # as the id that a later part adds, go on as they came.  (The post's page never joins, and sends its nick
+            # each time.)
             data.update(type="message", nick=self.nick or data["nick"], time=time.time())
             self.broadcast(data)
 
@@ -108,7 +109,7 @@ class WSHandler(websocket.WebSocketHandler):
         self.broadcast({"type": "notice", "message": f"{self.nick} {what}"})
 
     def broadcast(self, entry):
-        """Tell everybody about an entry.  (It is a method of its own because later parts override it.)"""
+        """Tell everybody about an entry.  (Later parts override this method.)"""
         send_to_all([entry])
 
 
@@ -119,7 +120,7 @@ def send_to_all(entries):
     #           con.write_json(data)
     #
     # This loop would have kept a message once for each client.  And its write_json(data) was one more TypeError.
-    # (When a client is gone, Tornado calls on_close later, and not within the loop.)
+    # (If a client has gone, Tornado calls on_close later.  So connections does not change during the loop.)
     messages.extend(entry for entry in entries if entry["type"] == "message")
     for con in connections:
         con.write_json(entries)
@@ -149,7 +150,8 @@ def make_app(handler, **settings):
 #
 #     asyncio.run(main())
 #
-# (With the whole page, they would also need the heartbeat of "A network that fails".)
+# (With all of test.html, main must also call heartbeat, which comes later.  Otherwise the page makes a
+# new connection every 20 seconds.)
 #
 # What this script has instead is at its end, in "How it starts".  Between here and there, four parts
 # override some of the methods above, each in a subclass of the class before:
@@ -163,7 +165,8 @@ def make_app(handler, **settings):
 # Most of them also call the method that they override.  Two replace it: CrowdWSHandler.broadcast and
 # FastWSHandler.write_json.
 #
-# The script runs the last class.  To see what a part is good for, name a class before it:
+# The script runs the last class.  To see what a part is good for, or what your own changes to the first
+# part do, name a class before it:
 #
 #     python server.py --handler WSHandler
 #
@@ -182,7 +185,7 @@ def make_app(handler, **settings):
 #
 # So here, broadcast does not send.  It puts the entry into an outbox, and asks the event loop to call
 # flush in the next round.  By then, all that arrived in this round is in the outbox, and flush sends it
-# as one list.  Each of the 1,000 clients gets one list with 1,000 messages.  Nobody notices the wait.
+# as one list.  Each of the 1,000 clients gets one list with 1,000 messages.  This short delay goes unnoticed.
 # =================================================================================================
 
 outbox = []  # the entries that flush will send
@@ -200,7 +203,7 @@ class CrowdWSHandler(WSHandler):
 def flush():
     """Send all that is in the outbox to all clients."""
     entries = outbox.copy()
-    outbox.clear()  # first: after an error, a full outbox would never be flushed
+    outbox.clear()  # first: entries left in it by an error would never be flushed
     send_to_all(entries)
 
 
@@ -230,7 +233,7 @@ class ReliableWSHandler(CrowdWSHandler):
 
     def broadcast(self, entry):
         if entry["type"] == "message":
-            id = entry.setdefault("id", secrets.token_urlsafe())  # The post's page sends none.
+            id = entry.setdefault("id", secrets.token_urlsafe())  # Pages know a message by it.
             if id in known:
                 return self.write_json([known[id]])  # a repetition: only its sender is told that it has arrived
             known[id] = entry
@@ -246,7 +249,7 @@ class ReliableWSHandler(CrowdWSHandler):
 
     def write_message(self, message, binary=False):
         # This is Tornado's method.  It returns a future, which gets an exception if the connection breaks before all is
-        # sent.  asyncio prints that, unless somebody asks for it, as is done here.  on_close does the rest.
+        # sent.  asyncio prints an exception that nobody retrieves.  So retrieve it.  on_close does the rest.
         future = super().write_message(message, binary)
         future.add_done_callback(lambda future: future.cancelled() or future.exception())
         return future
@@ -286,10 +289,10 @@ class PublicWSHandler(ReliableWSHandler):
         try:
             check(fields, self.nick)
         except ValueError as problem:
-            id = fields.get("id")  # If it is a text, it tells the page which message was refused.
+            id = fields.get("id")  # A proper id tells the page which message was refused.
             self.write_json([{"type": "error", "message": str(problem), "id": id if isinstance(id, str) else None}])
         else:
-            super().on_message(data)  # the text itself, as WSHandler parses it on its own
+            super().on_message(data)  # WSHandler parses data once more.
         # gen.sleep gives a future.  When on_message returns one, Tornado waits for it before it handles this client's
         # next message.  Meanwhile messages wait in Tornado's and in TCP's buffers.  When these are full, TCP makes the
         # client wait.  This is called backpressure: a client that floods the chat mostly slows down itself.
@@ -356,7 +359,7 @@ class FastWSHandler(PublicWSHandler):
 
     def on_message(self, data):
         if self.is_closing():
-            return None  # A late message of a client that is gone.  If its page comes back, it sends it again.
+            return None  # The client has gone.  A page that comes back sends its message again.
         # Each message is answered, at least to its sender.  If a client sends, but does not read, the answers pile up
         # in the server's memory.  So it is heard only once a second.
         self.pause = 1 if self.ws_connection.stream.writing() else PublicWSHandler.pause
@@ -368,7 +371,7 @@ class FastWSHandler(PublicWSHandler):
         stream, rest = self.ws_connection.stream, frame(entries)
         if not stream.writing():  # TCP has taken all that was sent before.
             self.behind_since = None
-            with contextlib.suppress(OSError):  # TCP has no room, or is broken.  stream.write takes care of both.
+            with contextlib.suppress(OSError):  # The socket is full or broken.  stream.write takes care of both.
                 rest = rest[stream.write_to_fd(rest):]  # write_to_fd returns how many bytes TCP has taken
         if rest:
             stream.write(rest)  # Tornado keeps it until TCP has room.
@@ -399,7 +402,7 @@ def frame(entries):
         header = bytes([0x81, 126]) + len(payload).to_bytes(2, "big")
     else:
         header = bytes([0x81, 127]) + len(payload).to_bytes(8, "big")
-    # write_json cuts off what TCP has taken.  To slice a memoryview copies nothing.
+    # write_json cuts off what TCP has taken.  Slicing a memoryview copies nothing.
     newest.update(entries=entries, frame=memoryview(header + payload))
     return newest["frame"]
 
@@ -470,7 +473,7 @@ async def goodbye():
     """Close all connections, and wait up to 2 seconds until the clients have closed them, too."""
     await asyncio.sleep(0.1)  # so that messages that have just arrived are still sent
     end = time.monotonic() + 2
-    while connections and time.monotonic() < end:  # again and again: a handshake under way may add one
+    while connections and time.monotonic() < end:  # repeated, as a handshake under way may add one
         for con in connections:
             con.close(1001, "the server stops")  # 1001 means: going away (RFC 6455, section 7.4)
         await asyncio.sleep(0.05)
