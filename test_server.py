@@ -811,7 +811,7 @@ class ThePageOnANetworkThatFails(PageTest):
         expect(ann.locator("#sending li")).to_have_count(0)
         expect(ann.get_by_text("The message has 1,240 characters.  At most 1,000 are").last).to_be_in_viewport()
         with self.offline(ann):
-            self.post(ann, *["\x01" * 5000] * 3)  # of all characters, these need the most bytes: six
+            self.post(ann, *["\x01" * 5500] * 3)  # cut to 5000, each of which needs six bytes, the most there is
         self.runs(ann)
         expect(field).to_have_value("\x01" * 5000)
         field.press("Enter")
@@ -870,8 +870,9 @@ server.time = types.SimpleNamespace(time=lambda: next(times), monotonic=time.mon
         self.assertEqual([own.locator("b").text_content(), page.get_by_text("Post as").text_content()],
                          [nick, "Post as " + nick])  # as it was typed, and as it stays in translation
         self.assertEqual(own.locator("b, p").evaluate_all("all => all.map(e => e.translate)"), [False, True])
-        self.assertEqual(page.locator("#chat .message p").evaluate_all(
-            "all => all.map(p => p.getBoundingClientRect().right > innerWidth / 2)"), [False, True])  # at the right
+        right = page.locator("#chat .message :is(b, p)").evaluate_all(
+            "all => all.map(part => part.getBoundingClientRect().right > innerWidth / 2)")
+        self.assertEqual(right, [False, False, True, True])
         tab = page.context.new_page()
         tab.goto(page.url)
         expect(tab.get_by_label("Nick")).not_to_have_value(nick)
