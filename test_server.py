@@ -311,7 +311,7 @@ server.WSHandler.on_message = lambda self, data: before(self, data.replace("hi",
 
 
 class ACrowd(ChatTest):
-    def test_what_is_said_at_once_arrives_once_and_as_few_lists(self):
+    def test_what_is_said_at_once_arrives_as_few_lists(self):
         guests, lists, said = [self.guest() for _ in range(30)], 0, []
         with concurrent.futures.ThreadPoolExecutor(20) as pool, self.chat.frozen():
             newcomers = [pool.submit(self.guest) for _ in range(20)]
@@ -335,7 +335,7 @@ server.send_to_all = lambda entries: before(1 / ("oh" not in str(entries)) and e
 
 
 class ANetworkThatFails(ChatTest):
-    def test_the_last_10000_are_known_and_repetitions_answered_to_their_senders(self):
+    def test_repetitions_of_the_last_10000_are_answered_to_their_senders(self):
         chat = self.start(changes=NO_PAUSE)
         ann, bob = self.guest(chat=chat), self.guest(chat=chat)
         once = ann.until(ann.say("once", id="k3j9x"))[0]
@@ -480,7 +480,7 @@ server.SETTINGS["websocket_max_message_size"] = 80_000"""
         self.assertIn(heard.count("half a second"), range(40, 45))  # It goes after 20 seconds,
         self.assertIn([heard.count(f"{i}") for i in range(30)].index(0), range(19, 24))  # and is heard once a second.
 
-    def test_who_reads_slowly_gets_all_and_what_waits_is_kept_once(self):
+    def test_who_reads_slowly_gets_all_from_one_copy(self):
         need(sys.platform == "linux", "/proc", "use Linux")
         chat = self.start(changes=self.LONG, clock=True)
         ann, *slow = (self.guest(chat=chat) for _ in range(20))
@@ -515,7 +515,7 @@ class HowItStarts(ChatTest):
             status, log = Chat(option, script=SCRIPT).stop()
             self.assertRegex(f"{status} {log}", rf"\A[12] (usage: .*\n( .*\n)*)?.*{words}.*\n\Z")
 
-    def test_each_visit_gets_a_new_guest_name_in_the_page_of_today(self):
+    def test_each_visit_gets_todays_page_with_a_new_name(self):
         chat = self.start(changes=f"server.MainHandler.get_template_path = lambda self: {folder()!r}")
         for guest, title in ("User1", "Welcome to ScopyChat"), ("User2", "Edited"):
             page = (HERE / "test.html").read_text().replace("Welcome to ScopyChat", title)
@@ -564,7 +564,7 @@ class HowItStarts(ChatTest):
                 self.assertRaisesRegex(ConnectionError, "1001 .*the server stops", guest.until, "more")
             self.assertEqual(chat.stop(), (0, ""))
 
-    def test_who_does_not_answer_its_goodbye_does_not_hold_it_up(self):
+    def test_who_answers_no_goodbye_does_not_hold_it_up(self):
         chat = self.start(clock=True)
         silent, newcomer = self.stranger(HANDSHAKE, chat), self.stranger(HANDSHAKE[:-2], chat)
         for _ in range(20):
@@ -926,7 +926,7 @@ server.time = types.SimpleNamespace(time=lambda: next(times), monotonic=time.mon
         ann.evaluate(hide, False)
         expect(ann).to_have_title("ScopyChat")
 
-    def test_a_screen_reader_reads_what_is_new_but_not_the_history(self):
+    def test_a_screen_reader_reads_news_but_not_the_history(self):
         bob = self.guest("Bob")
         bob.until(bob.say("history"))
         ann = self.window()
