@@ -169,6 +169,7 @@ class Guest:
 
     def __init__(self, port, nick=None):
         self.socket, self.events, self.lines, self.status = socket.socket(), [], [], None
+        self.socket.settimeout(WAIT)
         self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)  # with these two, little can wait in TCP
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, 536)
         self.socket.connect(("127.0.0.1", port))
