@@ -147,10 +147,13 @@ class Chat:
         if self.process.exitcode is None:
             os.kill(self.process.pid, signum)
 
-    def stop(self, signum=0):
-        """Send it this signal, wait until it has ended, and return its exit status and its log."""
+    def end(self, signum):
         self.clock.write_text("")  # from now on, it runs
         self.signal(signum)
+
+    def stop(self, signum=0):
+        """Send it this signal, wait until it has ended, and return its exit status and its log."""
+        self.end(signum)
         self.process.join(WAIT)
         self.process.kill()
         self.stopped = True
@@ -242,7 +245,7 @@ class ChatTest(unittest.TestCase):
     def start(self, *options, **more):  # a server; how it ended is looked at when the tests of a class are over
         chat = Chat(*options, **more)
         self.addClassCleanup(lambda: chat.stopped or self.assertEqual(chat.stop(), (0, ""), self.id()))
-        self.addCleanup(lambda: chat.stopped or chat.clock.write_text("") or chat.signal(signal.SIGTERM))
+        self.addCleanup(lambda: chat.stopped or chat.end(signal.SIGTERM))
         return chat
 
     def guest(self, nick=None, chat=None):
@@ -257,7 +260,6 @@ class ChatTest(unittest.TestCase):
             stranger = there.makefile("rwb", 0)
         self.addCleanup(stranger.close)
         return stranger
-
 
 
 class TheChat(ChatTest):
