@@ -132,20 +132,17 @@ def as_object(entries):
     return {"type": "list", "data": entries, "online": len(connections)}
 
 
-def make_app(handler, **settings):
-    """Return the application.  handler is the class for /chat, and settings are for Tornado."""
-    # 2012: application = web.Application([…])
-    return web.Application([
-        (r"/", MainHandler),  # HTML chat homepage
-        (r"/chat", handler),  # WebSocket server
-    ], **settings)
+application = web.Application([
+    (r"/", MainHandler),  # HTML chat homepage
+    (r"/chat", WSHandler),  # WebSocket server
+])
 
 
 # =================================================================================================
 # This was the whole chat.  These lines would start it:
 #
 #     async def main():
-#         make_app(WSHandler).listen(8888, "localhost")
+#         application.listen(8888, "localhost")
 #         await asyncio.Event().wait()  # for ever
 #
 #     asyncio.run(main())
@@ -412,19 +409,19 @@ def frame(entries):
 # =================================================================================================
 
 HANDLERS = {cls.__name__: cls for cls in (WSHandler, CrowdWSHandler, ReliableWSHandler, PublicWSHandler, FastWSHandler)}
-SETTINGS = {
-    "websocket_ping_interval": 20,  # seconds.  A client that has not answered by the next ping is disconnected.
-    "websocket_max_message_size": 32 * 1024,  # bytes.  A client that sends more at once is disconnected.
-    "compiled_template_cache": False,  # Tornado reads test.html again for each visit, so an edit needs no restart.
-}
+application.settings.update(
+    websocket_ping_interval=20,  # seconds.  A client that has not answered by the next ping is disconnected.
+    websocket_max_message_size=32 * 1024,  # bytes.  A client that sends more at once is disconnected.
+    compiled_template_cache=False,  # Tornado reads test.html again for each visit, so an edit needs no restart.
+)
 
 
 async def main():
     """Run the chat until Ctrl+C or the signal SIGTERM stops it."""
     options = command_line()
-    app = make_app(HANDLERS[options.handler], **SETTINGS)
+    application.add_handlers(".*", [(r"/chat", HANDLERS[options.handler])])  # It goes before the route to WSHandler.
     # A client must send its request within 20 seconds, and without a body.  (A WebSocket may be idle for longer.)
-    http_server = LimitedHTTPServer(app, idle_connection_timeout=20, body_timeout=20, max_body_size=0)
+    http_server = LimitedHTTPServer(application, idle_connection_timeout=20, body_timeout=20, max_body_size=0)
     try:
         http_server.listen(options.port, options.address)  # 2012: listen(8888), which let the whole network in
     except (OSError, UnicodeError) as error:

@@ -462,7 +462,7 @@ class Strangers(ChatTest):
 
 class Speed(ChatTest):
     LONG = NO_PAUSE + """; server.LENGTHS.update(message=60_000, nick=70_000)
-server.SETTINGS["websocket_max_message_size"] = 80_000"""
+server.application.settings["websocket_max_message_size"] = 80_000"""
 
     def test_lists_of_the_lengths_where_a_header_changes(self):
         chat = self.start(changes=self.LONG)
