@@ -11,9 +11,9 @@ The first part of this script, "The chat", is the post's server: its handlers, i
 mistakes mended.  A comment that starts with "2012:" says what the post had in that place.  Added are joining and
 leaving, a suggested name for each visitor, the time of a message, and the number of clients that are online.
 
-With this, the chat is complete.  The other parts make it fit for a real network, and you can skip them at first.  Each
-answers a question: What if 1,000 people talk at once?  What if a connection breaks?  What if a stranger sends nonsense,
-or does not stop?  How can the server be faster?  How does it start and stop?
+The first part is a complete chat.  The other parts make it fit for a real network, and you can skip them at first.
+Each answers a question: What if 1,000 people talk at once?  What if a connection breaks?  What if a stranger sends
+nonsense, or does not stop?  How can the server be faster?  How does it start and stop?
 
 Server and page send each other JSON objects.  The page, or whatever else connects, is called a client.  A client sends
 two types of objects:
@@ -30,7 +30,6 @@ An entry is what the page shows as one line: a message, or a notice from the ser
     {"type": "message", "nick": "Ann", "message": "hi", "time": 1795350666.49}
     {"type": "notice", "message": "Ann joined"}
 """
-import asyncio
 import collections
 import contextlib
 import itertools
@@ -39,8 +38,9 @@ import time
 
 from tornado import web, websocket
 
-# The other parts also need these:
+# Only the other parts need these:
 import argparse
+import asyncio
 import os
 import secrets
 import signal
@@ -54,7 +54,7 @@ from tornado import gen, httpserver
 
 connections = set()  # 2012: a list, with a check before each append and each remove.  A set needs no checks.
 messages = collections.deque(maxlen=100)  # 2012: a list, which grew for ever.  This one keeps the newest 100.
-guests = itertools.count(1)  # 1, 2, 3 …: each visit of the page gets a number
+guests = itertools.count(1)  # 1, 2, 3 …: the number of each visit to the page
 
 
 class MainHandler(web.RequestHandler):
@@ -80,8 +80,9 @@ class WSHandler(websocket.WebSocketHandler):
     def write_json(self, entries):
         """Send a list of entries to this client."""
         # 2012: write_json(**kwargs) with json.dumps(**kwargs).  That is a TypeError: dumps wants one object.
-        with contextlib.suppress(websocket.WebSocketClosedError):  # It has just gone.  Tornado will call on_close.
-            self.write_message(json.dumps(as_object(entries)))
+        # If the client has just gone, write_message raises an error.  Nothing is to be done: Tornado calls on_close.
+        with contextlib.suppress(websocket.WebSocketClosedError):
+            return self.write_message(json.dumps(as_object(entries)))
 
     def open(self):
         connections.add(self)
@@ -93,9 +94,9 @@ class WSHandler(websocket.WebSocketHandler):
             self.nick = data["nick"]
             self.announce("joined")
         else:
-            # 2012: data went on to everybody as it came.  Here the server sets type, nick and time.  Other fields, such
-            # as the id that a later part adds, go on as they came.  (The post's page never joins, and sends its nick
-            # each time.)
+            # 2012: data went on to everybody as it came.  Here the server sets type, nick and time.  Other fields go on
+            # as they came: a later part adds an id.  Who has not joined sends a nick with each message.  The post's
+            # own page does so, and works with this server.
             data.update(type="message", nick=self.nick or data["nick"], time=time.time())
             self.broadcast(data)
 
@@ -120,7 +121,7 @@ def send_to_all(entries):
     #           con.write_json(data)
     #
     # This loop would have kept a message once for each client.  And its write_json(data) was one more TypeError.
-    # (If a client has gone, Tornado calls on_close later.  So connections does not change during the loop.)
+    # (Nothing changes connections during the loop: if a client goes meanwhile, Tornado calls on_close after the loop.)
     messages.extend(entry for entry in entries if entry["type"] == "message")
     for con in connections:
         con.write_json(entries)
@@ -128,7 +129,7 @@ def send_to_all(entries):
 
 def as_object(entries):
     """Wrap a list of entries as the object that the clients get."""
-    # 2012: the list's type was "message".  The post's page would have taken the history for one message without a text.
+    # 2012: the list's type was "message".  So the post's page would have logged the history as one line, "undefined".
     return {"type": "list", "data": entries, "online": len(connections)}
 
 
@@ -147,27 +148,23 @@ application = web.Application([
 #
 #     asyncio.run(main())
 #
-# (With all of test.html, main must also call heartbeat, which comes later.  Otherwise the page makes a
-# new connection every 20 seconds.)
+# The script's own main is at the end, in "How it starts".  It also sends a heartbeat, which comes later.
+# (Without it, all of test.html would take a silent room for a dead network, and connect again.)
 #
-# What this script has instead is at its end, in "How it starts".  Between here and there, four parts
-# override some of the methods above, each in a subclass of the class before:
+# Before that come four parts.  Each makes a subclass of the class before:
 #
-#     The chat                WSHandler            write_json  open  on_message  on_close  announce  broadcast
-#     A crowd                 CrowdWSHandler                                                         broadcast
-#     A network that fails    ReliableWSHandler                                            announce  broadcast
-#     Strangers               PublicWSHandler                        on_message
-#     Speed                   FastWSHandler        write_json  open  on_message
+#     A crowd                 CrowdWSHandler       overrides broadcast
+#     A network that fails    ReliableWSHandler    overrides broadcast, announce, and Tornado's write_message
+#     Strangers               PublicWSHandler      overrides on_message, write_json
+#     Speed                   FastWSHandler        overrides write_json, open
 #
-# Most of them also call the method that they override.  Two replace it: CrowdWSHandler.broadcast and
-# FastWSHandler.write_json.
+# CrowdWSHandler.broadcast and FastWSHandler.write_json replace the methods that they override.  The others
+# call them, too.
 #
-# The script runs the last class.  To see what a part is good for, or what your own changes to the first
-# part do, name a class before it:
+# The script runs the last class, with all parts.  To see what the other parts are good for, or to try what
+# you have changed in the first part, run its class alone:
 #
 #     python server.py --handler WSHandler
-#
-# (The heartbeat, the pings and the limits that "How it starts" sets are the same for all classes.)
 # =================================================================================================
 
 
@@ -200,7 +197,7 @@ class CrowdWSHandler(WSHandler):
 def flush():
     """Send all that is in the outbox to all clients."""
     entries = outbox.copy()
-    outbox.clear()  # first: entries left in it by an error would never be flushed
+    outbox.clear()  # before send_to_all, which may fail: broadcast asks for a flush only if the outbox is empty
     send_to_all(entries)
 
 
@@ -230,7 +227,7 @@ class ReliableWSHandler(CrowdWSHandler):
 
     def broadcast(self, entry):
         if entry["type"] == "message":
-            id = entry.setdefault("id", secrets.token_urlsafe())  # Pages know a message by it.
+            id = entry.setdefault("id", secrets.token_urlsafe())  # The post's page sends none.
             if id in known:
                 return self.write_json([known[id]])  # a repetition: only its sender is told that it has arrived
             known[id] = entry
@@ -245,8 +242,9 @@ class ReliableWSHandler(CrowdWSHandler):
             super().announce(what)
 
     def write_message(self, message, binary=False):
-        # This is Tornado's method.  It returns a future, which gets an exception if the connection breaks before all is
-        # sent.  asyncio prints an exception that nobody retrieves.  So retrieve it.  on_close does the rest.
+        # This is Tornado's method.  It returns a future: an object that will tell when the message has been sent.  If
+        # the connection breaks before that, the future gets an exception, which asyncio logs unless somebody asks for
+        # it.  So this asks for it: a broken connection is nothing special.  Tornado calls on_close in any case.
         future = super().write_message(message, binary)
         future.add_done_callback(lambda future: future.cancelled() or future.exception())
         return future
@@ -261,39 +259,65 @@ def heartbeat():
 # =================================================================================================
 # Strangers
 #
-# A stranger may send anything, and may send without end.  So what a client sends is checked first, and
-# after each message, the server waits a moment before it reads this client's next one.  A client that
-# sends something wrong gets an error, which is a third type of entry.  Nobody else sees it.
+# A stranger may send anything, may send without end, and may not read what the server sends.
+#
+# In the parts before, wrong data raises an exception in on_message.  Tornado then logs a traceback, and
+# disconnects the client.  Here all data is checked first.  A client that sends something wrong gets an error,
+# which is a third type of entry.  Nobody else sees it.
 #
 #     {"type": "error", "message": "what was wrong", "id": "k3j9x"}
+#
+# After each message, the server waits a moment before it handles this client's next one.  A client that does
+# not read for 20 seconds is disconnected.  Otherwise, what it has not read would fill the memory.
 #
 # (Tornado already refuses WebSockets that the pages of other sites open.)
 # =================================================================================================
 
 # The fields that a client may send, and how many characters each may have ("new_message" has 11):
 LENGTHS = {"type": 11, "nick": 30, "message": 1000, "id": 64}
-# A text made only of these categories of Unicode cannot be seen: control, format, combining, and spaces.
+# Unicode's categories of characters that show nothing by themselves: control, format, combining, and spaces.
 INVISIBLE = {"Cc", "Cf", "Mn", "Zs", "Zl", "Zp"}
+PATIENCE = 20  # seconds
 
 
 class PublicWSHandler(ReliableWSHandler):
-    """A client that may be anybody's."""
+    """A client that may do anything."""
 
     pause = 0.02  # seconds after each message
+    gone = False  # True after a list could not be sent any more
+    newest = None  # the future of the list that was sent last: done when TCP has taken that list
 
     def on_message(self, data):
+        if self.gone:  # Tornado still hands over what the client sent before it went.
+            return None  # When its page comes back, it sends its messages again.
         fields = parse(data)
         try:
             check(fields, self.nick)
         except ValueError as problem:
-            id = fields.get("id")  # A proper id tells the page which message was refused.
+            id = fields.get("id")  # By its id, the page knows which message was refused.
             self.write_json([{"type": "error", "message": str(problem), "id": id if isinstance(id, str) else None}])
         else:
             super().on_message(data)  # WSHandler parses data once more.
-        # gen.sleep gives a future.  When on_message returns one, Tornado waits for it before it handles this client's
+        # gen.sleep returns a future.  When on_message returns one, Tornado waits for it before it handles this client's
         # next message.  Meanwhile messages wait in Tornado's and in TCP's buffers.  When these are full, TCP makes the
-        # client wait.  This is called backpressure: a client that floods the chat mostly slows down itself.
-        return gen.sleep(self.pause)
+        # client wait.  This is called backpressure: a client that floods the chat slows itself down.  A client that
+        # does not read waits up to a second.  Otherwise the answers to what it sends would fill the memory.
+        return gen.sleep(max(self.pause, min(1, self.behind())))
+
+    def write_json(self, entries):
+        self.watch(super().write_json(entries))
+
+    def watch(self, future):
+        """Disconnect this client if it does not read.  future: that of a new list, or None if the client has gone."""
+        self.gone = future is None
+        if self.behind() > PATIENCE:
+            self.close()  # Its page will make a new connection, and get the history.
+        self.since = self.since if self.behind() else time.monotonic()
+        self.newest = future
+
+    def behind(self):
+        """Return for how many seconds TCP has had no room for what is sent to this client."""
+        return time.monotonic() - self.since if self.newest and not self.newest.done() else 0
 
 
 def parse(data):
@@ -333,63 +357,42 @@ def check(fields, nick):
 #
 # A WebSocket sends data in frames.  A frame is the data with a header, which says how long the data is.
 # For each client, write_json makes the same JSON, and Tornado makes the same frame.  This part makes the
-# frame of a list once for all clients, and hands it to TCP directly.
+# frame of a list once, for all clients, and hands it to TCP directly.
 #
-# It also disconnects a client that has been behind for 20 seconds, so that what it has not read does not
-# pile up.
-#
-# The price: it reaches Tornado's end of the TCP connection, the stream, through ws_connection.  Tornado
-# does not document that.  If a later Tornado changes it, run the script with PublicWSHandler.
+# The price: it needs Tornado's end of the TCP connection, the stream.  Tornado does not document how to get
+# it, by ws_connection.stream.  If a later Tornado changes that, run the script with PublicWSHandler, which
+# does the same more slowly.
 # =================================================================================================
-
-PATIENCE = 20  # seconds
 
 
 class FastWSHandler(PublicWSHandler):
     """A client to which frames are written directly."""
 
-    behind_since = None  # when this client fell behind, or None if TCP has taken all that was sent
-
     def open(self):
         self.set_nodelay(True)  # Without this, TCP may hold a short frame back, to send it together with the next.
         super().open()
 
-    def on_message(self, data):
-        if self.is_closing():
-            return None  # The client has gone.  A page that comes back sends its message again.
-        # Each message is answered, at least to its sender.  If a client sends, but does not read, the answers pile up
-        # in the server's memory.  So it is heard only once a second.
-        self.pause = 1 if self.ws_connection.stream.writing() else PublicWSHandler.pause
-        return super().on_message(data)
-
     def write_json(self, entries):
-        if self.is_closing():
-            return
+        if self.ws_connection is None or self.ws_connection.is_closing():
+            return self.watch(None)
         stream, rest = self.ws_connection.stream, frame(entries)
         if not stream.writing():  # TCP has taken all that was sent before.
-            self.behind_since = None
-            with contextlib.suppress(OSError):  # The socket is full or broken.  stream.write takes care of both.
+            with contextlib.suppress(OSError):  # TCP has no room, or the connection is broken: see below.
                 rest = rest[stream.write_to_fd(rest):]  # write_to_fd returns how many bytes TCP has taken
         if rest:
-            stream.write(rest)  # Tornado keeps it until TCP has room.
-            self.behind_since = self.behind_since or time.monotonic()
-            if time.monotonic() - self.behind_since > PATIENCE:
-                stream.close()  # Its page will make a new connection, and get the history.
-
-    def is_closing(self):
-        return self.ws_connection is None or self.ws_connection.is_closing()
+            self.watch(stream.write(rest))  # Tornado keeps it until TCP has room, or closes a broken connection.
 
 
-newest = {"entries": None, "frame": None}  # the list that was sent last, and its frame
+shared = {"entries": None, "frame": None}  # the newest list that was put into a frame, and that frame
 
 
 def frame(entries):
     """Return the WebSocket frame with a list of entries in it (RFC 6455, section 5.2)."""
     # In the loop in send_to_all, all clients get the same list, which nobody changes later.  Its frame is made once.
-    if newest["entries"] is entries:
-        return newest["frame"]
-    # ensure_ascii=False: letters such as я and 你 take two or three bytes, and not six.  errors="replace": half a
-    # surrogate pair, which JavaScript can send, cannot be written in bytes, and becomes a question mark.
+    if shared["entries"] is entries:
+        return shared["frame"]
+    # ensure_ascii=False: letters such as я and 你 take two or three bytes, and not six.  errors="replace": JavaScript
+    # can send half an emoji.  That cannot be written in bytes, and becomes a question mark.
     payload = json.dumps(as_object(entries), ensure_ascii=False).encode(errors="replace")
     # The first byte, 0x81, means: this is text, and all of it is in this frame.  Then comes the length.  Up to 125, it
     # takes one byte.  A greater length takes the number 126 and two bytes, or the number 127 and eight bytes.
@@ -399,9 +402,9 @@ def frame(entries):
         header = bytes([0x81, 126]) + len(payload).to_bytes(2, "big")
     else:
         header = bytes([0x81, 127]) + len(payload).to_bytes(8, "big")
-    # write_json cuts off what TCP has taken.  Slicing a memoryview copies nothing.
-    newest.update(entries=entries, frame=memoryview(header + payload))
-    return newest["frame"]
+    # A memoryview, so that write_json can take the rest of a frame without copying it.
+    shared.update(entries=entries, frame=memoryview(header + payload))
+    return shared["frame"]
 
 
 # =================================================================================================
@@ -419,8 +422,9 @@ application.settings.update(
 async def main():
     """Run the chat until Ctrl+C or the signal SIGTERM stops it."""
     options = command_line()
-    application.add_handlers(".*", [(r"/chat", HANDLERS[options.handler])])  # It goes before the route to WSHandler.
-    # A client must send its request within 20 seconds, and without a body.  (A WebSocket may be idle for longer.)
+    # Under any host's name (".*"), Tornado tries this route to /chat before the one to WSHandler.
+    application.add_handlers(".*", [(r"/chat", HANDLERS[options.handler])])
+    # A client must end its request within 20 seconds, and send no body.  (A WebSocket may be idle for longer.)
     http_server = LimitedHTTPServer(application, idle_connection_timeout=20, body_timeout=20, max_body_size=0)
     try:
         http_server.listen(options.port, options.address)  # 2012: listen(8888), which let the whole network in
@@ -434,7 +438,6 @@ async def main():
     print(f"ScopyChat is open at http://{host}:{options.port}/ (Ctrl+C closes it)", flush=True)
     heartbeat()
     await stop.wait()
-    http_server.stop()
     await goodbye()
 
 
@@ -442,8 +445,8 @@ def command_line():
     """Return the options that the script was started with: port, address, handler."""
     parser = argparse.ArgumentParser(description="ScopyChat, a realtime chat on WebSockets.")
     parser.add_argument("--port", type=int, default=8888, help="default: %(default)s")
-    # To Tornado, "" would mean the whole network.
-    parser.add_argument("--address", default="localhost", help="0.0.0.0 for all", type=lambda text: text or "localhost")
+    # Tornado would take an empty address, perhaps that of an unset variable, for the whole network.
+    parser.add_argument("--address", default="localhost", help="0.0.0.0: all networks", type=lambda a: a or "localhost")
     parser.add_argument("--handler", default="FastWSHandler", choices=HANDLERS, help="the class for a client")
     options = parser.parse_args()
     if not 0 < options.port < 65536:
@@ -452,16 +455,16 @@ def command_line():
 
 
 class LimitedHTTPServer(httpserver.HTTPServer):
-    """Tornado's HTTP server, but it hangs up on new clients while the process has too many files open.
+    """Tornado's HTTP server, but it hangs up on new clients when nearly all files are open that a process may open.
 
-    To the operating system, a connection is an open file, and a process may have only so many (`ulimit -n`).
-    When they are all in use, Tornado cannot accept a connection, and tries again at once, without end.
+    To the operating system, a connection is an open file, and a process may open only so many (`ulimit -n`).
+    When all are open, Tornado cannot accept a connection, and tries again at once, without end.
     """
 
     def handle_stream(self, stream, address):  # Tornado calls this for each new connection.
-        # Open files are numbered, and a new one gets the lowest free number.  So a high number means: many are open.
-        limit = os.sysconf("SC_OPEN_MAX") if hasattr(os, "sysconf") else -1  # -1: no limit is known
-        if 0 < limit - 16 < stream.socket.fileno():  # The last 16 are for files such as test.html.
+        # The operating system gives a new file the lowest number that is free.  So a high number means: many are open.
+        limit = os.sysconf("SC_OPEN_MAX") if hasattr(os, "sysconf") else -1  # -1: no limit.  Windows has no sysconf.
+        if 0 < limit - 16 < stream.socket.fileno():  # 16 files stay free for others, such as test.html.
             return stream.close()
         return super().handle_stream(stream, address)
 
@@ -470,7 +473,7 @@ async def goodbye():
     """Close all connections, and wait up to 2 seconds until the clients have closed them, too."""
     await asyncio.sleep(0.1)  # so that messages that have just arrived are still sent
     end = time.monotonic() + 2
-    while connections and time.monotonic() < end:  # repeated, as a handshake under way may add one
+    while connections and time.monotonic() < end:  # in a loop: a handshake may still add a connection
         for con in connections:
             con.close(1001, "the server stops")  # 1001 means: going away (RFC 6455, section 7.4)
         await asyncio.sleep(0.05)
