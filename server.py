@@ -94,9 +94,9 @@ class WSHandler(websocket.WebSocketHandler):
             self.nick = data["nick"]
             self.announce("joined")
         else:
-            # 2012: data went on to everybody as it came.  Here the server sets type, nick and time.  Other fields go on
-            # as they came: a later part adds an id.  Who has not joined sends a nick with each message.  The post's
-            # own page does so, and works with this server.
+            # 2012: data went on to everybody as it came.  Here the server sets type and time, and the nick with which
+            # the client has joined.  (The post's page does not join.  It sends a nick with each message, and works
+            # here, too.)  Other fields go on as they came.  A later part adds one.
             data.update(type="message", nick=self.nick or data["nick"], time=time.time())
             self.broadcast(data)
 
@@ -121,7 +121,7 @@ def send_to_all(entries):
     #           con.write_json(data)
     #
     # This loop would have kept a message once for each client.  And its write_json(data) was one more TypeError.
-    # (Nothing changes connections during the loop: if a client goes meanwhile, Tornado calls on_close after the loop.)
+    # (connections does not change during the loop.  If a client goes meanwhile, Tornado calls on_close afterwards.)
     messages.extend(entry for entry in entries if entry["type"] == "message")
     for con in connections:
         con.write_json(entries)
@@ -142,27 +142,29 @@ application = web.Application([
 # =================================================================================================
 # This was the whole chat.  These lines would start it:
 #
+#     import asyncio
+#
 #     async def main():
 #         application.listen(8888, "localhost")
 #         await asyncio.Event().wait()  # for ever
 #
 #     asyncio.run(main())
 #
-# The script's own main is at the end, in "How it starts".  It also sends a heartbeat, which comes later.
-# (Without it, all of test.html would take a silent room for a dead network, and connect again.)
+# The script's own main is at its end, in "How it starts".  It also sends the heartbeat, which comes later.
+# (A page with all parts of test.html needs the heartbeat.  Without it, the page connects again and again.)
 #
-# Before that come four parts.  Each makes a subclass of the class before:
+# Between here and there are four parts.  Each makes a subclass of the class before:
 #
 #     A crowd                 CrowdWSHandler       overrides broadcast
 #     A network that fails    ReliableWSHandler    overrides broadcast, announce, and Tornado's write_message
-#     Strangers               PublicWSHandler      overrides on_message, write_json
-#     Speed                   FastWSHandler        overrides write_json, open
+#     Strangers               PublicWSHandler      overrides open, on_message, write_json
+#     Speed                   FastWSHandler        overrides open, write_json
 #
-# CrowdWSHandler.broadcast and FastWSHandler.write_json replace the methods that they override.  The others
-# call them, too.
+# CrowdWSHandler.broadcast and FastWSHandler.write_json replace a method.  All the others also call the method
+# that they override, with super().
 #
-# The script runs the last class, with all parts.  To see what the other parts are good for, or to try what
-# you have changed in the first part, run its class alone:
+# The script runs the last class, and so all parts.  To see what the other parts are good for, or to try what
+# you have changed in the first part, run the first part alone:
 #
 #     python server.py --handler WSHandler
 # =================================================================================================
@@ -174,12 +176,13 @@ application = web.Application([
 # When 1,000 people post at the same time, WSHandler sends 1,000 lists to each of 1,000 clients.  That
 # is a million calls to the operating system, and everybody waits.
 #
-# Tornado's event loop is one thread that works in rounds.  In each round, it asks the operating system
-# which connections have new data, and then calls on_message for all of them.
+# The event loop is one thread that works in rounds.  In each round, it takes what has arrived on all the
+# connections, and Tornado calls on_message for it.
 #
 # So here, broadcast does not send.  It puts the entry into an outbox, and asks the event loop to call
 # flush in the next round.  By then, all that arrived in this round is in the outbox, and flush sends it
-# as one list.  Each of the 1,000 clients gets one list with 1,000 messages.  This short delay goes unnoticed.
+# as one list.  When 1,000 messages arrive together, each of the 1,000 clients gets one list with all of
+# them.  This short delay goes unnoticed.
 # =================================================================================================
 
 outbox = []  # the entries that flush will send
@@ -197,7 +200,8 @@ class CrowdWSHandler(WSHandler):
 def flush():
     """Send all that is in the outbox to all clients."""
     entries = outbox.copy()
-    outbox.clear()  # before send_to_all, which may fail: broadcast asks for a flush only if the outbox is empty
+    # Empty the outbox first: if it stayed full after an error in send_to_all, broadcast would ask for no more flush.
+    outbox.clear()
     send_to_all(entries)
 
 
@@ -236,15 +240,15 @@ class ReliableWSHandler(CrowdWSHandler):
         super().broadcast(entry)
 
     def announce(self, what):
-        # When Ann comes back, the server may not know yet that her old connection is dead.  As long as another
-        # connection has the same nick, nobody has joined or left.  (Nicks are not accounts: this may be another Ann.)
+        # When Ann comes back, the server may not know yet that her old connection is dead.  So as long as another
+        # connection has the same nick, nobody is told.  (Nicks are not accounts: this may be another Ann.)
         if not any(con.nick == self.nick for con in connections if con is not self):
             super().announce(what)
 
     def write_message(self, message, binary=False):
         # This is Tornado's method.  It returns a future: an object that will tell when the message has been sent.  If
-        # the connection breaks before that, the future gets an exception, which asyncio logs unless somebody asks for
-        # it.  So this asks for it: a broken connection is nothing special.  Tornado calls on_close in any case.
+        # the connection breaks before that, the future gets an exception.  asyncio logs an exception that nobody asks
+        # for.  The callback asks for it, as a broken connection is nothing to be logged.
         future = super().write_message(message, binary)
         future.add_done_callback(lambda future: future.cancelled() or future.exception())
         return future
@@ -261,14 +265,14 @@ def heartbeat():
 #
 # A stranger may send anything, may send without end, and may not read what the server sends.
 #
-# In the parts before, wrong data raises an exception in on_message.  Tornado then logs a traceback, and
-# disconnects the client.  Here all data is checked first.  A client that sends something wrong gets an error,
-# which is a third type of entry.  Nobody else sees it.
+# In the parts before, wrong data goes on to everybody, or raises an exception in on_message: then Tornado
+# logs a traceback, and disconnects the client.  Here all data is checked first.  A client that sends something
+# wrong gets an error, which is a third type of entry.  Nobody else sees it.
 #
 #     {"type": "error", "message": "what was wrong", "id": "k3j9x"}
 #
-# After each message, the server waits a moment before it handles this client's next one.  A client that does
-# not read for 20 seconds is disconnected.  Otherwise, what it has not read would fill the memory.
+# After each message, the server waits a moment before it handles this client's next one.  A client for which
+# a list has waited for 20 seconds is disconnected.  Otherwise, what it does not read would fill the memory.
 #
 # (Tornado already refuses WebSockets that the pages of other sites open.)
 # =================================================================================================
@@ -284,12 +288,15 @@ class PublicWSHandler(ReliableWSHandler):
     """A client that may do anything."""
 
     pause = 0.02  # seconds after each message
-    gone = False  # True after a list could not be sent any more
-    newest = None  # the future of the list that was sent last: done when TCP has taken that list
+
+    def open(self):
+        # gone: could a list not be sent any more?  waiting: when each list was sent that TCP has not taken yet.
+        self.gone, self.waiting = False, collections.deque()
+        super().open()
 
     def on_message(self, data):
-        if self.gone:  # Tornado still hands over what the client sent before it went.
-            return None  # When its page comes back, it sends its messages again.
+        if self.gone:
+            return None  # Tornado still hands over what the client sent before it went.  That may be a lot.
         fields = parse(data)
         try:
             check(fields, self.nick)
@@ -300,24 +307,24 @@ class PublicWSHandler(ReliableWSHandler):
             super().on_message(data)  # WSHandler parses data once more.
         # gen.sleep returns a future.  When on_message returns one, Tornado waits for it before it handles this client's
         # next message.  Meanwhile messages wait in Tornado's and in TCP's buffers.  When these are full, TCP makes the
-        # client wait.  This is called backpressure: a client that floods the chat slows itself down.  A client that
-        # does not read waits up to a second.  Otherwise the answers to what it sends would fill the memory.
-        return gen.sleep(max(self.pause, min(1, self.behind())))
+        # client wait.  This is called backpressure: a client that floods the chat slows itself down.  For a client that
+        # does not read, the moment is a second.  Otherwise the answers to all that it sends would fill the memory.
+        return gen.sleep(1 if len(self.waiting) > 10 else self.pause)
 
     def write_json(self, entries):
         self.watch(super().write_json(entries))
 
     def watch(self, future):
-        """Disconnect this client if it does not read.  future: that of a new list, or None if the client has gone."""
-        self.gone = future is None
-        if self.behind() > PATIENCE:
-            self.close()  # Its page will make a new connection, and get the history.
-        self.since = self.since if self.behind() else time.monotonic()
-        self.newest = future
+        """Disconnect this client if a list has waited for too long.
 
-    def behind(self):
-        """Return for how many seconds TCP has had no room for what is sent to this client."""
-        return time.monotonic() - self.since if self.newest and not self.newest.done() else 0
+        future: that of the newest list, done when TCP has taken the list; or None, if the client has gone.
+        """
+        self.gone = future is None
+        if future:
+            self.waiting.append(time.monotonic())
+            future.add_done_callback(lambda future: self.waiting.popleft())
+            if time.monotonic() - self.waiting[0] > PATIENCE:
+                self.close()  # Its page will make a new connection, and get the history.
 
 
 def parse(data):
@@ -359,9 +366,9 @@ def check(fields, nick):
 # For each client, write_json makes the same JSON, and Tornado makes the same frame.  This part makes the
 # frame of a list once, for all clients, and hands it to TCP directly.
 #
-# The price: it needs Tornado's end of the TCP connection, the stream.  Tornado does not document how to get
-# it, by ws_connection.stream.  If a later Tornado changes that, run the script with PublicWSHandler, which
-# does the same more slowly.
+# The price: it needs Tornado's end of the TCP connection, ws_connection.stream, which Tornado does not
+# document.  If a later Tornado changes that, run the script with PublicWSHandler, which does the same more
+# slowly.
 # =================================================================================================
 
 
@@ -377,10 +384,11 @@ class FastWSHandler(PublicWSHandler):
             return self.watch(None)
         stream, rest = self.ws_connection.stream, frame(entries)
         if not stream.writing():  # TCP has taken all that was sent before.
-            with contextlib.suppress(OSError):  # TCP has no room, or the connection is broken: see below.
-                rest = rest[stream.write_to_fd(rest):]  # write_to_fd returns how many bytes TCP has taken
+            # An OSError means that TCP has no room, or that the connection is broken.  stream.write can handle both.
+            with contextlib.suppress(OSError):
+                rest = rest[stream.write_to_fd(rest):]  # write_to_fd returns how many bytes TCP has taken.
         if rest:
-            self.watch(stream.write(rest))  # Tornado keeps it until TCP has room, or closes a broken connection.
+            self.watch(stream.write(rest))  # Tornado keeps the rest until TCP has room.
 
 
 shared = {"entries": None, "frame": None}  # the newest list that was put into a frame, and that frame
@@ -388,11 +396,11 @@ shared = {"entries": None, "frame": None}  # the newest list that was put into a
 
 def frame(entries):
     """Return the WebSocket frame with a list of entries in it (RFC 6455, section 5.2)."""
-    # In the loop in send_to_all, all clients get the same list, which nobody changes later.  Its frame is made once.
+    # send_to_all gives one list to all clients, and nobody changes a list later.  So all clients can share its frame.
     if shared["entries"] is entries:
         return shared["frame"]
     # ensure_ascii=False: letters such as я and 你 take two or three bytes, and not six.  errors="replace": JavaScript
-    # can send half an emoji.  That cannot be written in bytes, and becomes a question mark.
+    # can send half an emoji.  UTF-8 has no bytes for that, and it becomes a question mark.
     payload = json.dumps(as_object(entries), ensure_ascii=False).encode(errors="replace")
     # The first byte, 0x81, means: this is text, and all of it is in this frame.  Then comes the length.  Up to 125, it
     # takes one byte.  A greater length takes the number 126 and two bytes, or the number 127 and eight bytes.
@@ -422,7 +430,7 @@ application.settings.update(
 async def main():
     """Run the chat until Ctrl+C or the signal SIGTERM stops it."""
     options = command_line()
-    # Under any host's name (".*"), Tornado tries this route to /chat before the one to WSHandler.
+    # Tornado asks added routes first.  So this class gets /chat, and not WSHandler.  (".*" means: under any host name.)
     application.add_handlers(".*", [(r"/chat", HANDLERS[options.handler])])
     # A client must end its request within 20 seconds, and send no body.  (A WebSocket may be idle for longer.)
     http_server = LimitedHTTPServer(application, idle_connection_timeout=20, body_timeout=20, max_body_size=0)
@@ -445,7 +453,7 @@ def command_line():
     """Return the options that the script was started with: port, address, handler."""
     parser = argparse.ArgumentParser(description="ScopyChat, a realtime chat on WebSockets.")
     parser.add_argument("--port", type=int, default=8888, help="default: %(default)s")
-    # Tornado would take an empty address, perhaps that of an unset variable, for the whole network.
+    # To Tornado, an empty address means the whole network.  Here it does not: it is too easily given by mistake.
     parser.add_argument("--address", default="localhost", help="0.0.0.0: all networks", type=lambda a: a or "localhost")
     parser.add_argument("--handler", default="FastWSHandler", choices=HANDLERS, help="the class for a client")
     options = parser.parse_args()
@@ -455,10 +463,10 @@ def command_line():
 
 
 class LimitedHTTPServer(httpserver.HTTPServer):
-    """Tornado's HTTP server, but it hangs up on new clients when nearly all files are open that a process may open.
+    """Tornado's HTTP server, but it hangs up on new clients when the process can open hardly any more files.
 
-    To the operating system, a connection is an open file, and a process may open only so many (`ulimit -n`).
-    When all are open, Tornado cannot accept a connection, and tries again at once, without end.
+    To the operating system, a connection is an open file, and each process has a limit (`ulimit -n`).  At the limit,
+    Tornado cannot accept a connection, and tries again at once, without end.
     """
 
     def handle_stream(self, stream, address):  # Tornado calls this for each new connection.
@@ -473,7 +481,7 @@ async def goodbye():
     """Close all connections, and wait up to 2 seconds until the clients have closed them, too."""
     await asyncio.sleep(0.1)  # so that messages that have just arrived are still sent
     end = time.monotonic() + 2
-    while connections and time.monotonic() < end:  # in a loop: a handshake may still add a connection
+    while connections and time.monotonic() < end:  # in a loop, as new clients may still come
         for con in connections:
             con.close(1001, "the server stops")  # 1001 means: going away (RFC 6455, section 7.4)
         await asyncio.sleep(0.05)
