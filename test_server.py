@@ -461,14 +461,14 @@ server.application.settings["websocket_max_message_size"] = 80_000"""
         ann, *slow = (self.guest(chat=chat) for _ in range(20))
         pages = pathlib.Path(f"/proc/{chat.process.pid}/statm")  # of memory
         before = int(pages.read_text().split()[1])
-        for _ in range(2):
-            for i in range(100):
+        for batch in range(4):
+            for i in range(60):
                 ann.say("x" * 60_000)
                 ann.until(ann.say(f"{i}"))
             self.assertLess(int(pages.read_text().split()[1]) - before, 10_000)  # 40 MB; 19 times what waits is 100
-            for guest in slow:
-                self.assertEqual([m for m in guest.said("99") if m[0] != "x"], [f"{i}" for i in range(100)])
-            chat.later(21)  # They were behind for a moment only.
+            for guest in slow * (batch > 0):  # They are always behind, but never for 20 seconds.
+                self.assertEqual([m for m in guest.said("59") if m[0] != "x"], [f"{i}" for i in range(60)])
+            chat.later(15)
 
 
 class HowItStarts(ChatTest):
