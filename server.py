@@ -156,7 +156,7 @@ application = web.Application([
 # Between here and there are four parts.  Each makes a subclass of the class before:
 #
 #     A crowd                 CrowdWSHandler       overrides broadcast
-#     A network that fails    ReliableWSHandler    overrides broadcast, announce, and Tornado's write_message
+#     A network that fails    ReliableWSHandler    overrides broadcast, announce
 #     Strangers               PublicWSHandler      overrides open, on_message, write_json
 #     Speed                   FastWSHandler        overrides open, write_json
 #
@@ -245,14 +245,6 @@ class ReliableWSHandler(CrowdWSHandler):
         if not any(con.nick == self.nick for con in connections if con is not self):
             super().announce(what)
 
-    def write_message(self, message, binary=False):
-        # This is Tornado's method.  It returns a future: an object that will tell when the message has been sent.  If
-        # the connection breaks before that, the future gets an exception.  asyncio logs an exception that nobody asks
-        # for.  The callback asks for it, as a broken connection is nothing to be logged.
-        future = super().write_message(message, binary)
-        future.add_done_callback(lambda future: future.cancelled() or future.exception())
-        return future
-
 
 def heartbeat():
     """Send an empty list to all clients, at once and then every 10 seconds."""
@@ -273,6 +265,7 @@ def heartbeat():
 #
 # After each message, the server waits a moment before it handles this client's next one.  A client for which
 # a list has waited for 20 seconds is disconnected.  Otherwise, what it does not read would fill the memory.
+# (If it is only slow, its page makes a new connection, and gets the history.)
 #
 # (Tornado already refuses WebSockets that the pages of other sites open.)
 # =================================================================================================
@@ -312,19 +305,28 @@ class PublicWSHandler(ReliableWSHandler):
         return gen.sleep(1 if len(self.waiting) > 10 else self.pause)
 
     def write_json(self, entries):
+        # write_json returns what Tornado's write_message returns: a future, which is done when TCP has taken the list.
         self.watch(super().write_json(entries))
 
     def watch(self, future):
         """Disconnect this client if a list has waited for too long.
 
-        future: that of the newest list, done when TCP has taken the list; or None, if the client has gone.
+        future: that of the newest list; or None, if the client has gone.
         """
         self.gone = future is None
         if future:
             self.waiting.append(time.monotonic())
-            future.add_done_callback(lambda future: self.waiting.popleft())
+            future.add_done_callback(self.taken)
             if time.monotonic() - self.waiting[0] > PATIENCE:
-                self.close()  # Its page will make a new connection, and get the history.
+                # This is what Tornado calls when a connection is lost.  It must wait until the loop in send_to_all is
+                # over, as it changes connections.
+                asyncio.get_running_loop().call_soon(self.on_connection_close)
+
+    def taken(self, future):
+        """Note that TCP has taken the list that waited longest, or that the connection is broken."""
+        self.waiting.popleft()
+        if not future.cancelled():
+            future.exception()  # Once it has been asked for, asyncio does not log it.
 
 
 def parse(data):
