@@ -4,7 +4,7 @@
 # ///
 """ScopyChat: the realtime chat of the post "Websockets & Python3" (2012), on today's Tornado.
 
-    pip install tornado
+    pip install -U tornado
     python server.py        then open http://localhost:8888/ in two windows
 
 The first part of this script, "The chat", is the post's server: its handlers, in its order, under its names, with its
@@ -54,7 +54,7 @@ from tornado import gen, httpserver
 
 connections = set()  # 2012: a list, with a check before each append and each remove.  A set needs no checks.
 messages = collections.deque(maxlen=100)  # 2012: a list, which grew for ever.  This one keeps the newest 100.
-guests = itertools.count(1)  # 1, 2, 3 …: the number of each visit to the page
+guests = itertools.count(1)  # 1, 2, 3 …, for the names of guests
 
 
 class MainHandler(web.RequestHandler):
@@ -80,7 +80,7 @@ class WSHandler(websocket.WebSocketHandler):
     def write_json(self, entries):
         """Send a list of entries to this client."""
         # 2012: write_json(**kwargs) with json.dumps(**kwargs).  That is a TypeError: dumps wants one object.
-        # If the client has just gone, write_message raises an error.  Nothing is to be done: Tornado calls on_close.
+        # If the client has just gone, write_message raises an error.  It can be ignored: Tornado will call on_close.
         with contextlib.suppress(websocket.WebSocketClosedError):
             return self.write_message(json.dumps(as_object(entries)))
 
@@ -94,9 +94,9 @@ class WSHandler(websocket.WebSocketHandler):
             self.nick = data["nick"]
             self.announce("joined")
         else:
-            # 2012: data went on to everybody as it came.  Here the server sets type and time, and the nick with which
-            # the client has joined.  (The post's page does not join.  It sends a nick with each message, and works
-            # here, too.)  Other fields go on as they came.  A later part adds one.
+            # 2012: data went on to everybody as it came.  Here the server sets type and time, and the nick, if the
+            # client has joined.  (The post's page does not join.  It sends a nick with each message, and works here,
+            # too.)  Other fields pass as they came, such as the id that a later part adds.
             data.update(type="message", nick=self.nick or data["nick"], time=time.time())
             self.broadcast(data)
 
@@ -121,7 +121,7 @@ def send_to_all(entries):
     #           con.write_json(data)
     #
     # This loop would have kept a message once for each client.  And its write_json(data) was one more TypeError.
-    # (connections does not change during the loop.  If a client goes meanwhile, Tornado calls on_close afterwards.)
+    # (connections does not change during the loop.  If a client goes meanwhile, Tornado calls on_close after it.)
     messages.extend(entry for entry in entries if entry["type"] == "message")
     for con in connections:
         con.write_json(entries)
@@ -129,7 +129,7 @@ def send_to_all(entries):
 
 def as_object(entries):
     """Wrap a list of entries as the object that the clients get."""
-    # 2012: the list's type was "message".  So the post's page would have logged the history as one line, "undefined".
+    # 2012: the list's type was "message".  But the post's page looks for "list".  It would have logged "undefined".
     return {"type": "list", "data": entries, "online": len(connections)}
 
 
@@ -153,15 +153,14 @@ application = web.Application([
 # The script's own main is at its end, in "How it starts".  It also sends the heartbeat, which comes later.
 # (A page with all parts of test.html needs the heartbeat.  Without it, the page connects again and again.)
 #
-# Between here and there are four parts.  Each makes a subclass of the class before:
+# Four parts come before that.  Each makes a subclass of the class before:
 #
 #     A crowd                 CrowdWSHandler       overrides broadcast
 #     A network that fails    ReliableWSHandler    overrides broadcast, announce
 #     Strangers               PublicWSHandler      overrides open, on_message, write_json
 #     Speed                   FastWSHandler        overrides open, write_json
 #
-# CrowdWSHandler.broadcast and FastWSHandler.write_json replace a method.  All the others also call the method
-# that they override, with super().
+# Only CrowdWSHandler.broadcast and FastWSHandler.write_json do not call super().
 #
 # The script runs the last class, and so all parts.  To see what the other parts are good for, or to try what
 # you have changed in the first part, run the first part alone:
@@ -200,7 +199,7 @@ class CrowdWSHandler(WSHandler):
 def flush():
     """Send all that is in the outbox to all clients."""
     entries = outbox.copy()
-    # Empty the outbox first: if it stayed full after an error in send_to_all, broadcast would ask for no more flush.
+    # Empty the outbox first.  Otherwise one error in send_to_all would end all sending: see broadcast.
     outbox.clear()
     send_to_all(entries)
 
@@ -233,15 +232,15 @@ class ReliableWSHandler(CrowdWSHandler):
         if entry["type"] == "message":
             id = entry.setdefault("id", secrets.token_urlsafe())  # The post's page sends none.
             if id in known:
-                return self.write_json([known[id]])  # a repetition: only its sender is told that it has arrived
+                return self.write_json([known[id]])  # a repetition: confirm it to its sender only
             known[id] = entry
             if len(known) > MEMORY:
                 del known[next(iter(known))]  # the oldest
         super().broadcast(entry)
 
     def announce(self, what):
-        # When Ann comes back, the server may not know yet that her old connection is dead.  So as long as another
-        # connection has the same nick, nobody is told.  (Nicks are not accounts: this may be another Ann.)
+        # When Ann comes back, the server may not know yet that her old connection is dead.  So this announces her only
+        # if no other connection has the same nick.  (Nicks are not accounts: this may be another Ann.)
         if not any(con.nick == self.nick for con in connections if con is not self):
             super().announce(what)
 
@@ -263,9 +262,9 @@ def heartbeat():
 #
 #     {"type": "error", "message": "what was wrong", "id": "k3j9x"}
 #
-# After each message, the server waits a moment before it handles this client's next one.  A client for which
-# a list has waited for 20 seconds is disconnected.  Otherwise, what it does not read would fill the memory.
-# (If it is only slow, its page makes a new connection, and gets the history.)
+# After each message, the server waits a moment before it handles this client's next one.  A client that
+# leaves a list unread for 20 seconds is disconnected.  Otherwise unread lists would fill the memory.  (If
+# the client is only slow, its page makes a new connection, and gets the history.)
 #
 # (Tornado already refuses WebSockets that the pages of other sites open.)
 # =================================================================================================
@@ -283,13 +282,13 @@ class PublicWSHandler(ReliableWSHandler):
     pause = 0.02  # seconds after each message
 
     def open(self):
-        # gone: could a list not be sent any more?  waiting: when each list was sent that TCP has not taken yet.
+        # gone: True when the connection has ended.  waiting: the time of each list that TCP has not taken yet.
         self.gone, self.waiting = False, collections.deque()
         super().open()
 
     def on_message(self, data):
-        if self.gone:
-            return None  # Tornado still hands over what the client sent before it went.  That may be a lot.
+        if self.gone:  # Tornado still hands over what came before the connection ended.  That may be a lot.
+            return self.on_connection_close()  # This method of Tornado's puts an end to it.
         fields = parse(data)
         try:
             check(fields, self.nick)
@@ -298,35 +297,36 @@ class PublicWSHandler(ReliableWSHandler):
             self.write_json([{"type": "error", "message": str(problem), "id": id if isinstance(id, str) else None}])
         else:
             super().on_message(data)  # WSHandler parses data once more.
-        # gen.sleep returns a future.  When on_message returns one, Tornado waits for it before it handles this client's
-        # next message.  Meanwhile messages wait in Tornado's and in TCP's buffers.  When these are full, TCP makes the
-        # client wait.  This is called backpressure: a client that floods the chat slows itself down.  For a client that
-        # does not read, the moment is a second.  Otherwise the answers to all that it sends would fill the memory.
+        # gen.sleep returns a future: an object that tells when something is done.  When on_message returns a future,
+        # Tornado waits for it before it handles this client's next message.  Meanwhile messages wait in Tornado's and
+        # in TCP's buffers.  When these are full, TCP makes the client wait.  This is called backpressure: a client that
+        # floods the chat mostly slows itself down.  A client with many unread lists waits a second.  Otherwise the
+        # answers to all that it sends would fill the memory.
         return gen.sleep(1 if len(self.waiting) > 10 else self.pause)
 
     def write_json(self, entries):
-        # write_json returns what Tornado's write_message returns: a future, which is done when TCP has taken the list.
+        # WSHandler.write_json returns what Tornado's write_message returns: a future that is done when TCP has taken
+        # the list.  If the connection has ended, it returns None.
         self.watch(super().write_json(entries))
 
     def watch(self, future):
-        """Disconnect this client if a list has waited for too long.
+        """Disconnect this client if it has left a list unread for too long.
 
-        future: that of the newest list; or None, if the client has gone.
+        future: the future of the newest list, or None if the connection has ended.
         """
         self.gone = future is None
         if future:
             self.waiting.append(time.monotonic())
             future.add_done_callback(self.taken)
             if time.monotonic() - self.waiting[0] > PATIENCE:
-                # This is what Tornado calls when a connection is lost.  It must wait until the loop in send_to_all is
-                # over, as it changes connections.
+                # End the connection, but after the loop in send_to_all, as on_close changes connections.
                 asyncio.get_running_loop().call_soon(self.on_connection_close)
 
     def taken(self, future):
-        """Note that TCP has taken the list that waited longest, or that the connection is broken."""
+        """Note that TCP has taken the oldest waiting list, or that the connection is broken."""
         self.waiting.popleft()
         if not future.cancelled():
-            future.exception()  # Once it has been asked for, asyncio does not log it.
+            future.exception()  # asyncio does not log an exception that was asked for.
 
 
 def parse(data):
@@ -369,8 +369,8 @@ def check(fields, nick):
 # frame of a list once, for all clients, and hands it to TCP directly.
 #
 # The price: it needs Tornado's end of the TCP connection, ws_connection.stream, which Tornado does not
-# document.  If a later Tornado changes that, run the script with PublicWSHandler, which does the same more
-# slowly.
+# document.  If a later Tornado changes that, run the script with PublicWSHandler, which does the same, but
+# takes more time and memory.
 # =================================================================================================
 
 
@@ -472,7 +472,7 @@ class LimitedHTTPServer(httpserver.HTTPServer):
     """
 
     def handle_stream(self, stream, address):  # Tornado calls this for each new connection.
-        # The operating system gives a new file the lowest number that is free.  So a high number means: many are open.
+        # A new file gets the lowest number that is free.  So its number tells roughly how many files are open.
         limit = os.sysconf("SC_OPEN_MAX") if hasattr(os, "sysconf") else -1  # -1: no limit.  Windows has no sysconf.
         if 0 < limit - 16 < stream.socket.fileno():  # 16 files stay free for others, such as test.html.
             return stream.close()
