@@ -136,8 +136,9 @@ selectors.DefaultSelector.select = lambda self, timeout=None: select(self, min(0
         return urllib.request.urlopen(f"http://{host}:{self.port}/", timeout=WAIT).read().decode()
 
     def signal(self, signum):
-        if self.process.exitcode is None:
-            os.kill(self.process.pid, signum)
+        with contextlib.suppress(ProcessLookupError):  # It may be ending just now.
+            if signum and self.process.exitcode is None:
+                os.kill(self.process.pid, signum)
 
     def end(self, signum):
         os.utime(self.clock, (0, 0))  # From now on, it runs.
@@ -221,9 +222,7 @@ class Guest:
         self.socket.close()
 
 
-class ChatTest(unittest.TestCase):
-    """A test with servers, guests and strangers."""
-
+class ChatTest(unittest.TestCase):  # a test with servers, guests and strangers
     CHANGES = ""  # for self.chat
 
     @functools.cached_property
