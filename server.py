@@ -96,7 +96,7 @@ class WSHandler(websocket.WebSocketHandler):
         else:
             # 2012: data went on to everybody as it came.  Here the server sets type and time, and the nick, if the
             # client has joined.  (The post's page does not join.  It sends a nick with each message, and works here,
-            # too.)  Other fields pass as they came, such as the id that a later part adds.
+            # too.)  Other fields pass as they came.
             data.update(type="message", nick=self.nick or data["nick"], time=time.time())
             self.broadcast(data)
 
@@ -121,7 +121,6 @@ def send_to_all(entries):
     #           con.write_json(data)
     #
     # This loop would have kept a message once for each client.  And its write_json(data) was one more TypeError.
-    # (connections does not change during the loop.  If a client goes meanwhile, Tornado calls on_close after it.)
     messages.extend(entry for entry in entries if entry["type"] == "message")
     for con in connections:
         con.write_json(entries)

@@ -52,6 +52,8 @@ HANDLERS = "WSHandler", "CrowdWSHandler", "ReliableWSHandler", "PublicWSHandler"
 NO_PAUSE = "server.PublicWSHandler.pause = 0"
 HANDSHAKE = ("GET /chat HTTP/1.1\r\nHost: a\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
              "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n\r\n")
+
+
 def need(there, what, how):  # skip a test that lacks something, and say how to get it; with CI=true, fail
     if not there:
         problem = AssertionError if os.environ.get("CI") == "true" else unittest.SkipTest
@@ -930,9 +932,7 @@ server.time = types.SimpleNamespace(time=lambda: next(times), monotonic=time.mon
             ann.close(run_before_unload=True)
 
 
-class TheReadme(PageTest):
-    """What it says is so, and what it tells a reader to run, runs.  `.ci/run` runs its first two commands."""
-
+class TheReadme(PageTest):  # What it says is so.  `.ci/run` runs its first two commands.
     TEXT = (HERE / "README.md").read_text() if (HERE / "README.md").exists() else ""
 
     def block(self, language, words):  # the one code block in this language that has these words
