@@ -54,7 +54,7 @@ from tornado import gen, httpserver
 
 connections = set()  # 2012: a list, with a check before each append and each remove.  A set needs no checks.
 messages = collections.deque(maxlen=100)  # 2012: a list, which grew for ever.  This one keeps the newest 100.
-guests = itertools.count(1)  # 1, 2, 3 …, for the names of guests
+guests = itertools.count(1)  # 1, 2, 3 …: the page suggests the nicks User1, User2, User3 …
 
 
 class MainHandler(web.RequestHandler):
@@ -94,7 +94,7 @@ class WSHandler(websocket.WebSocketHandler):
             self.nick = data["nick"]
             self.announce("joined")
         else:
-            # 2012: data went on to everybody as it came.  Here the server sets type and time, and the nick, if the
+            # 2012: data was to go on as it came.  Here the server sets type and time, and the nick, if the
             # client has joined.  (The post's page does not join.  It sends a nick with each message, and works here,
             # too.)  Other fields pass as they came.
             data.update(type="message", nick=self.nick or data["nick"], time=time.time())
@@ -295,7 +295,7 @@ class PublicWSHandler(ReliableWSHandler):
             id = fields.get("id")  # By its id, the page knows which message was refused.
             self.write_json([{"type": "error", "message": str(problem), "id": id if isinstance(id, str) else None}])
         else:
-            super().on_message(data)  # WSHandler parses data once more.
+            super().on_message(data)  # It parses data once more, so that an edit of it takes effect.
         # gen.sleep returns a future: an object that tells when something is done.  When on_message returns a future,
         # Tornado waits for it before it handles this client's next message.  Meanwhile messages wait in Tornado's and
         # in TCP's buffers.  When these are full, TCP makes the client wait.  This is called backpressure: a client that
@@ -325,7 +325,7 @@ class PublicWSHandler(ReliableWSHandler):
         """Note that TCP has taken the oldest waiting list, or that the connection is broken."""
         self.waiting.popleft()
         if not future.cancelled():
-            future.exception()  # asyncio does not log an exception that was asked for.
+            future.exception()  # asyncio logs an exception that nobody retrieves.
 
 
 def parse(data):
